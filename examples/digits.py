@@ -156,12 +156,12 @@ def time_table(net: nn.Module, hs: nn.Module, loss_fn: nn.Module, x: Tensor, y: 
     return table
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train, then report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     console = Console()
 
