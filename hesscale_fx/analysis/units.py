@@ -1,0 +1,522 @@
+"""Cut the active graph into units, each with one rule.
+
+Contractions, selections and other operators that mix axes are units by themselves. Between them
+lie regions (pointwise, reductions, views), inside which the recursion is exact. A region ends where
+a path leaves it through another unit; to make that canonical every node has levels, the numbers of
+such units on its longest way to the loss, and belongs to one region at each level, as if it were
+recomputed there.
+
+A region need not be one rule. Cutting it at a tensor u drops the off-diagonal part of the Hessian
+of u, which no one misses unless
+
+- two paths from one tensor part and meet again across the cut (reconvergence), or
+- what comes before u spreads an element along an axis along which what comes after couples.
+
+So a region is split into the finest units that cut neither.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from hesscale_fx import structures
+from hesscale_fx.analysis.axes import Axes, AxesError
+from hesscale_fx.structures import table
+from hesscale_fx.structures.region import Region, reduction
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Unit:
+    """What one rule covers.
+
+    `inputs` are the differentiated nodes that enter, each with the unit that made it (None for
+    leaves); `outputs` the nodes that other units use.
+    """
+
+    nodes: list[fx.Node]
+    inputs: list[tuple[fx.Node, Unit | None]]
+    outputs: list[fx.Node]
+    region: Region | None = None  # else nodes[0] is the one call
+    levels: list[int] = field(default_factory=list)
+
+    @property
+    def call(self) -> fx.Node:
+        return self.nodes[0]
+
+    @property
+    def structure(self) -> str:
+        if self.region is not None:
+            return self.region.name
+        found = structures.structure_of(self.call.target)
+        return found.name if found is not None else "unknown"
+
+
+def is_region_node(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return (
+        node.op == "call_function"
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and table.is_region(node.target)
+    )
+
+
+def is_part(node: fx.Node) -> bool:
+    """An output of a multi-output operator; it belongs to the operator's unit."""
+    return node.target is operator.getitem
+
+
+class Partition:
+    """Computes the units of one graph; `units` lists producers before consumers."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        loss: fx.Node,
+        active: set[fx.Node],
+        source: dict[fx.Node, fx.Node],
+        inside: set[fx.Node] | None = None,
+    ) -> None:
+        """`inside`: the nodes before the boundary, if regions must not cross it."""
+        self._order = {n: i for i, n in enumerate(graph.nodes)}
+        self._active = active
+        self._source = source
+        self._inside = inside
+        self._loss = loss
+        self._users = {
+            n: [u for u in n.users if u in active] for n in graph.nodes if n in active
+        }
+        self._nodes = [n for n in graph.nodes if n in active and n.op == "call_function"]
+        self._flat = self._flat_nodes()
+        self._levels = self._find_levels()
+        self._unit_at: dict[tuple[fx.Node, int], Unit] = {}
+        self._alone: dict[fx.Node, Unit] = {}
+        self._known: dict[tuple, Unit] = {}
+        self.units = self._build()
+
+    # --- levels -------------------------------------------------------------------------------
+
+    def _flat_nodes(self) -> set[fx.Node]:
+        """Nodes whose Hessian is zero: only linear functions lie between them and the loss."""
+        flat = {self._loss}
+        for node in reversed(self._nodes):
+            users = self._users[node]
+            if users and all(u in flat and self._is_linear(u) for u in users):
+                flat.add(node)
+        # An operator with a definition is flat as a whole or not at all.
+        curved = {self._source[n] for n in self._nodes if n not in flat}
+        return {n for n in flat if self._source[n] not in curved}
+
+    def _is_linear(self, node: fx.Node) -> bool:
+        if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
+            return True
+        operands = [a for a in operands_of(node) if a in self._active]
+        if node.target in table.REDUCTIONS:
+            return "m" not in str(node.target).split(".")[1][:1] or "mean" in str(node.target)
+        if node.target in table.LINEAR_POINTWISE:
+            return True
+        if node.target in table.PRODUCTS:
+            return len(operands) == 1 and node.args[0] is operands[0] or (
+                len(operands) == 1 and "mul" in str(node.target)
+            )
+        structure = structures.structure_of(node.target)
+        if structure is None:
+            return False
+        return structure.linear or (structure.name == "contraction" and len(operands) == 1)
+
+    def _in_region(self, node: fx.Node) -> bool:
+        return is_region_node(node) and node not in self._flat
+
+    def _find_levels(self) -> dict[fx.Node, set[int]]:
+        levels: dict[fx.Node, set[int]] = {}
+        for node in reversed(self._nodes):
+            if node in self._flat:
+                levels[node] = {0}
+                continue
+            found: set[int] = set()
+            for user in self._users[node]:
+                if self._in_region(user) or user in self._flat or is_part(user):
+                    found |= levels[user]
+                else:
+                    found.add(max(levels[user]) + 1)
+            levels[node] = found
+        return levels
+
+    def _use_level(self, user: fx.Node) -> int:
+        """The level at which a unit of one operator uses its operands."""
+        return 0 if user in self._flat else max(self._levels[user]) + 1
+
+    # --- units --------------------------------------------------------------------------------
+
+    def _build(self) -> list[Unit]:
+        for node in self._nodes:  # units of one operator; their inputs are linked below
+            if not self._in_region(node) and not is_part(node):
+                parts = [u for u in self._users[node] if is_part(u)]
+                unit = Unit([node, *parts], [], parts or [node])
+                for member in unit.nodes:
+                    self._alone[member] = unit
+        top = max((max(v) for v in self._levels.values() if v), default=0)
+        at: dict[int, list[fx.Node]] = {level: [] for level in range(top + 1)}
+        for node in self._nodes:
+            if self._in_region(node):
+                for level in self._levels[node]:
+                    at[level].append(node)
+        split: dict[frozenset[fx.Node], list[list[fx.Node]]] = {}
+        for level, nodes in at.items():
+            for component in self._components(nodes):
+                key = frozenset(component)
+                if key not in split:
+                    split[key] = self._split(component)
+                for group in split[key]:
+                    self._add_region(group, level)
+        for node, unit in self._alone.items():
+            if node is unit.call:
+                level = self._use_level(node)
+                unit.levels = [level]
+                unit.inputs = [
+                    (a, self._producer(a, level))
+                    for a in operands_of(node)
+                    if a in self._active
+                ]
+                if node in self._flat and is_region_node(node):
+                    unit.region = self._region([node])
+                    unit.inputs = list(dict.fromkeys(unit.inputs))
+        return self._sorted(set(self._alone.values()) | set(self._unit_at.values()))
+
+    def _producer(self, node: fx.Node, level: int) -> Unit | None:
+        if node.op != "call_function":
+            return None
+        return self._alone.get(node) or self._unit_at[node, level]
+
+    def _same_side(self, a: fx.Node, b: fx.Node) -> bool:
+        return self._inside is None or (a in self._inside) == (b in self._inside)
+
+    def _components(self, nodes: list[fx.Node]) -> list[list[fx.Node]]:
+        members = set(nodes)
+        groups = Groups(nodes)
+        for node in nodes:
+            for user in self._users[node]:
+                if user in members and self._same_side(node, user):
+                    groups.join([node, user])
+        return groups.sets()
+
+    def _add_region(self, group: list[fx.Node], level: int) -> None:
+        members = set(group)
+        inputs = [
+            (a, self._producer(a, level))
+            for a in dict.fromkeys(a for n in group for a in operands_of(n))
+            if a in self._active and a not in members
+        ]
+        key = (tuple(group), tuple((a, id(p)) for a, p in inputs))
+        unit = self._known.get(key)
+        if unit is None:
+            unit = self._known[key] = Unit(group, inputs, [], self._region(group))
+        unit.levels.append(level)
+        for node in group:
+            self._unit_at[node, level] = unit
+            used = any(self._uses(u, level) and u not in members for u in self._users[node])
+            if used and node not in unit.outputs:
+                unit.outputs.append(node)
+                if unit.region is not None and node not in unit.region.outputs:
+                    unit.region.outputs.append(node)
+
+    def _uses(self, user: fx.Node, level: int) -> bool:
+        if self._in_region(user):
+            return level in self._levels[user]
+        return self._use_level(user) == level
+
+    def _sorted(self, units: set[Unit]) -> list[Unit]:
+        """Producers before consumers, otherwise in the order of the graph."""
+        consumers: dict[Unit, list[Unit]] = {u: [] for u in units}
+        waiting = {}
+        for unit in units:
+            producers = {p for _, p in unit.inputs if p is not None}
+            waiting[unit] = len(producers)
+            for producer in producers:
+                consumers[producer].append(unit)
+        rank = {u: (max(self._order[n] for n in u.nodes), u.levels[0]) for u in units}
+        ready = [(rank[u], i, u) for i, u in enumerate(units) if not waiting[u]]
+        heapq.heapify(ready)
+        result = []
+        while ready:
+            _, _, unit = heapq.heappop(ready)
+            result.append(unit)
+            for consumer in consumers[unit]:
+                waiting[consumer] -= 1
+                if not waiting[consumer]:
+                    heapq.heappush(ready, (rank[consumer], id(consumer), consumer))
+        assert len(result) == len(units), "units depend on each other in a circle"
+        return result
+
+    # --- splitting a region -------------------------------------------------------------------
+
+    def _split(self, component: list[fx.Node]) -> list[list[fx.Node]]:
+        groups = Groups(component)
+        by_source: dict[fx.Node, list[fx.Node]] = {}
+        for node in component:
+            by_source.setdefault(self._source[node], []).append(node)
+        for members in by_source.values():
+            if len(members) > 1:
+                self._try(groups, members)
+        if len(component) > 1:
+            for members in Reconvergence(component, self._active).groups():
+                self._try(groups, members)
+            self._join_coupled(component, groups)
+        return groups.sets()
+
+    def _try(self, groups: Groups, members: Iterable[fx.Node]) -> bool:
+        """Make one unit of the groups of `members` if there is a rule for it."""
+        union = groups.union(members)
+        union = self._between(union, groups)
+        if self._region(union) is None:
+            return False
+        groups.join(union)
+        return True
+
+    def _between(self, members: list[fx.Node], groups: Groups) -> list[fx.Node]:
+        """Add what lies on paths from one member to another, so that the unit is convex."""
+        while True:
+            inside = set(members)
+            component = groups.elements
+            below: set[fx.Node] = set()
+            for node in component:
+                if node in inside or any(a in below for a in operands_of(node)):
+                    below.add(node)
+            above: set[fx.Node] = set()
+            for node in reversed(component):
+                if node in inside or any(u in above for u in self._users[node]):
+                    above.add(node)
+            grown = groups.union([n for n in component if n in below and n in above])
+            if len(grown) == len(members):
+                return members
+            members = grown
+
+    def _join_coupled(self, component: list[fx.Node], groups: Groups) -> None:
+        """Join a unit that spreads elements along an axis to those that couple it later."""
+        axes = Axes()
+        for node in component:
+            assign(node, axes, strict=False)
+        failed: set[tuple[fx.Node, fx.Node]] = set()
+        changed = True
+        while changed:
+            changed = False
+            coupled: dict[fx.Node, set[int]] = {}  # first node of a group -> axes at its inputs
+            for group in reversed(groups.sets(topological=True)):
+                members = set(group)
+                consumers = {
+                    groups.set_of(u)[0]: None
+                    for n in group
+                    for u in self._users[n]
+                    if u in groups and u not in members
+                }
+                row = {a for n in group for a in reduced_axes(n, axes)}
+                spread = set(row)
+                outer = {a for n in group for a in axes.atoms(n)}
+                for n in group:
+                    for a in operands_of(n):
+                        if a in self._active and a not in members:
+                            spread |= outer - set(axes.atoms(a))
+                after: set[int] = set()
+                for head in consumers:
+                    meets = coupled[head]
+                    after |= meets
+                    pair = (group[0], head)
+                    if meets & spread and pair not in failed:
+                        if self._try(groups, [*group, *groups.set_of(head)]):
+                            changed = True
+                            break
+                        failed.add(pair)
+                if changed:
+                    break
+                coupled[group[0]] = row | after
+
+    def _region(self, nodes: list[fx.Node]) -> Region | None:
+        """The region of `nodes`, or None if its axes have no common factors or no common row."""
+        axes = Axes()
+        members = set(nodes)
+        try:
+            for node in nodes:
+                assign(node, axes)
+        except AxesError:
+            return None
+        dims = {n: axes.dims(n) for n in axes.nodes()}
+        if any(len(set(d)) < len(d) for d in (sum(v, []) for v in dims.values())):
+            return None  # one axis twice in a tensor, e.g. x + x.T
+        rows = {
+            frozenset(a for d in reduction(n)[0] for a in dims[n.args[0]][d])  # type: ignore[index]
+            for n in nodes
+            if n.target in table.REDUCTIONS
+        } - {frozenset()}
+        if len(rows) > 1:
+            return None
+        inputs = [
+            a
+            for a in dict.fromkeys(a for n in nodes for a in operands_of(n))
+            if a in self._active and a not in members
+        ]
+        widest = max(dims.values(), key=lambda v: len(sum(v, [])))
+        order = list(dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))]))
+        outputs = [n for n in nodes if not any(u in members for u in self._users[n])]
+        return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())))
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """Tensor operands in order, a node that is an operand twice listed twice."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return [n for n in found if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))]
+
+
+def reduced_axes(node: fx.Node, axes: Axes) -> list[int]:
+    if node.target not in table.REDUCTIONS:
+        return []
+    dims = axes.dims(node.args[0])  # type: ignore[arg-type]
+    return [a for d in reduction(node)[0] for a in dims[d]]
+
+
+def assign(node: fx.Node, axes: Axes, *, strict: bool = True) -> None:
+    """Give `node` the axes that follow from its operands'."""
+    operands = operands_of(node)
+    for operand in operands:
+        if operand not in axes:
+            axes.fresh(operand)
+    try:
+        _assign(node, axes, operands)
+    except AxesError:
+        if strict:
+            raise
+        axes.fresh(node)
+
+
+def _assign(node: fx.Node, axes: Axes, operands: list[fx.Node]) -> None:
+    target = node.target
+    if target in table.REDUCTIONS:
+        axes.reduce(node, operands[0], *reduction(node))
+    elif target not in table.VIEWS:
+        axes.broadcast(node, operands)
+    else:
+        name = str(target).split(".")[1]
+        rank = operands[0].meta["val"].dim()
+        args: Any = node.args
+        if name == "permute":
+            axes.permute(node, operands[0], [d % rank for d in args[1]])
+        elif name == "transpose":
+            order = list(range(rank))
+            a, b = args[1] % max(rank, 1), args[2] % max(rank, 1)
+            if rank:
+                order[a], order[b] = order[b], order[a]
+            axes.permute(node, operands[0], order)
+        elif name == "t":
+            axes.permute(node, operands[0], list(reversed(range(rank))))
+        elif name in ("expand", "expand_as"):
+            axes.broadcast(node, operands[:1])
+        elif name == "movedim":
+            raise AxesError("movedim")
+        else:
+            axes.view(node, operands[0])
+
+
+class Groups:
+    """Disjoint sets of nodes, each listed in the order of `elements`."""
+
+    def __init__(self, elements: list[fx.Node]) -> None:
+        self.elements = elements
+        self._index = {n: i for i, n in enumerate(elements)}
+        self._set: dict[fx.Node, list[fx.Node]] = {n: [n] for n in elements}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._set
+
+    def set_of(self, node: fx.Node) -> list[fx.Node]:
+        return self._set[node]
+
+    def union(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        found = {m for n in nodes for m in self._set[n]}
+        return sorted(found, key=self._index.__getitem__)
+
+    def join(self, nodes: Iterable[fx.Node]) -> None:
+        merged = self.union(nodes)
+        for node in merged:
+            self._set[node] = merged
+
+    def sets(self, topological: bool = False) -> list[list[fx.Node]]:
+        """Each set once; by first element, or such that a set comes after those it uses."""
+        unique = list({id(s): s for s in self._set.values()}.values())
+        if not topological:
+            return sorted(unique, key=lambda s: self._index[s[0]])
+        waiting: dict[int, set[int]] = {}
+        for group in unique:
+            used = {id(self._set[a]) for n in group for a in operands_of(n) if a in self._set}
+            waiting[id(group)] = used - {id(group)}
+        result: list[list[fx.Node]] = []
+        pending = sorted(unique, key=lambda s: self._index[s[0]])
+        done: set[int] = set()
+        while pending:
+            ready = [g for g in pending if waiting[id(g)] <= done]
+            result += ready
+            done |= {id(g) for g in ready}
+            pending = [g for g in pending if id(g) not in done]
+        return result
+
+
+class Reconvergence:
+    """Finds the nodes between a fan-out and the places where its branches meet again."""
+
+    def __init__(self, component: list[fx.Node], active: set[fx.Node]) -> None:
+        self._nodes = component
+        index = {n: i for i, n in enumerate(component)}
+        self._successors: dict[fx.Node, list[int]] = {}
+        for i, node in enumerate(component):
+            for operand in dict.fromkeys(operands_of(node)):
+                if operand in active:
+                    self._successors.setdefault(operand, []).append(i)
+        self._below = [0] * len(component)  # bit j: node j is i or depends on it
+        for i in range(len(component) - 1, -1, -1):
+            bits = 1 << i
+            for j in self._successors.get(component[i], ()):
+                bits |= self._below[j]
+            self._below[i] = bits
+        self._predecessors: list[int] = [0] * len(component)
+        for i, node in enumerate(component):
+            for operand in operands_of(node):
+                if operand in index:
+                    self._predecessors[i] |= 1 << index[operand]
+
+    def groups(self) -> list[list[fx.Node]]:
+        found: dict[int, None] = {}
+        for successors in self._successors.values():
+            for k, i in enumerate(successors):
+                for j in successors[:k]:
+                    common = self._below[i] & self._below[j]
+                    if common:
+                        found[self._between(i, j, common)] = None
+        sets = [[n for i, n in enumerate(self._nodes) if bits >> i & 1] for bits in found]
+        return sorted(sets, key=len)
+
+    def _between(self, i: int, j: int, common: int) -> int:
+        """Branch nodes that reach a meeting node, and the nodes where they first meet."""
+        branches = (self._below[i] | self._below[j]) & ~common
+        result = 0
+        for k in bits_of(branches):
+            if self._below[k] & common:
+                result |= 1 << k
+        for k in bits_of(common):
+            if self._predecessors[k] & branches or k in (i, j):
+                result |= 1 << k
+        return result
+
+
+def bits_of(bits: int) -> Iterable[int]:
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low

@@ -1,0 +1,232 @@
+"""`transform`: the pipeline from a model to one graph with its curvature."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+
+from hesscale_fx.analysis.activity import active_nodes, ancestors
+from hesscale_fx.analysis.primitives import write_out
+from hesscale_fx.analysis.units import Partition
+from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture
+from hesscale_fx.emit import Emission
+from hesscale_fx.errors import (
+    InvalidArgumentError,
+    InvalidModelError,
+    UnknownNameError,
+    UnsupportedOperatorError,
+    source_line,
+)
+from hesscale_fx.methods import METHODS, Method
+from hesscale_fx.module import TENSOR, HesScaleModule, Input, Program, Signature
+
+log = logging.getLogger("hesscale_fx")
+
+Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def transform(
+    model: Any,
+    loss: Callable | None = None,
+    example_inputs: tuple | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    method: str = "hesscale",
+    wrt: Wrt = None,
+    dynamic: bool = True,
+) -> HesScaleModule:
+    builder = Builder(model, loss, method, wrt, dynamic)
+    hs = HesScaleModule(builder.model, builder.prefix, builder, lazy=example_inputs is None)
+    if example_inputs is not None:
+        hs._capture(tuple(example_inputs), dict(example_kwargs or {}))
+    elif example_kwargs is not None:
+        hs._capture((), dict(example_kwargs))
+    return hs
+
+
+class Builder:
+    """Everything `transform` was asked for; a call builds the program for given arguments."""
+
+    def __init__(
+        self, model: Any, loss: Callable | None, method: str, wrt: Wrt, dynamic: bool
+    ) -> None:
+        if method not in METHODS:
+            raise InvalidArgumentError(
+                f"Unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}."
+            )
+        if loss is not None and not callable(loss):
+            raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
+        self.model, self.prefix = as_module(model)
+        self.loss = loss
+        self.method: Method = METHODS[method]
+        self.wrt = wrt
+        self.dynamic = dynamic
+        self.step = Step(self.model, loss)
+        self.names = self._parameter_names()
+        self._selected()  # complain about `wrt` now, not at the first call
+
+    def _parameter_names(self) -> dict[str, tuple[str, nn.Parameter]]:
+        """User's name -> (name within `step`, parameter), tied ones once."""
+        found: dict[str, tuple[str, nn.Parameter]] = {}
+        seen: set[int] = set()
+        for inner, parameter in self.step.named_parameters():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = inner.removeprefix("model.")
+            name = name.removeprefix(self.prefix)
+            found[name] = (inner, parameter)
+        return found
+
+    def _selected(self) -> list[str]:
+        """Names of the parameters to differentiate."""
+        trainable = [n for n, (_, p) in self.names.items() if p.requires_grad]
+        wrt = self.wrt
+        if wrt is None:
+            chosen = trainable
+        elif callable(wrt):
+            chosen = [n for n, (_, p) in self.names.items() if wrt(n, p)]
+        else:
+            patterns = [wrt] if isinstance(wrt, str) else list(wrt)
+            chosen = []
+            for pattern in patterns:
+                if pattern == "inputs":
+                    continue
+                hits = [n for n in self.names if matches(n, pattern)]
+                if not hits:
+                    raise UnknownNameError(
+                        f"wrt={pattern!r} matches no parameter. Names are "
+                        f"{', '.join(list(self.names)[:8])}{', ...' if len(self.names) > 8 else ''}"
+                        ", or 'inputs' for the floating-point inputs."
+                    )
+                chosen += [h for h in hits if h not in chosen]
+            chosen = [n for n in self.names if n in chosen]
+            if patterns and not chosen and "inputs" not in patterns:
+                raise UnknownNameError(f"wrt={wrt!r} matches no parameter.")
+        if callable(wrt) and not chosen:
+            raise UnknownNameError("The predicate given as wrt matches no parameter.")
+        for name in chosen:
+            if self.names[name][1].is_complex():
+                raise InvalidModelError(
+                    f"Parameter {name!r} is complex; a Hessian diagonal is defined for real "
+                    "parameters only. Keep real and imaginary parts, or leave it out of wrt."
+                )
+        return chosen
+
+    @property
+    def wants_inputs(self) -> bool:
+        return not callable(self.wrt) and self.wrt is not None and (
+            self.wrt == "inputs" or "inputs" in self.wrt
+        )
+
+    def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        start = time.perf_counter()
+        captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
+        log.info("captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start)
+        return self.compile(captured)
+
+    def compile(self, captured: Captured) -> Program:
+        """Analyse and emit."""
+        outputs = self._outputs(captured)
+        if self.method.needs_boundary and not captured.boundary:
+            raise InvalidArgumentError(
+                f"method={self.method.name!r} treats the model and the loss differently, but no "
+                "loss was given. Pass it: transform(model, loss), or mark the model's output "
+                "with hesscale_fx.output(z)."
+            )
+        fake_mode = detect_fake_mode([leaf.node.meta["val"] for leaf in captured.leaves] or [
+            captured.loss.meta["val"]])
+        primitives = write_out(captured.graph, fake_mode)
+        leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
+        loss = primitives.of[captured.loss]
+        active = active_nodes(primitives.graph, loss, leaves)
+        inside = ancestors(primitives.of[n] for n in captured.boundary)
+        partition = Partition(
+            primitives.graph, loss, active, primitives.source,
+            inside if self.method.needs_boundary else None,
+        )
+        check_supported(partition, primitives.source)
+        emission = Emission(captured, primitives, partition.units, inside, self.method, fake_mode)
+        graph = emission.run(outputs)
+        constants = {l.name: l.value for l in captured.leaves if l.kind == "constant"}
+        self._rename_attributes(graph)
+        return Program(
+            graph=graph,
+            signature=signature_of(captured, fake_mode),
+            training=[m.training for m in self.model.modules()],
+            constants=constants,
+            info={"primitives": primitives, "units": partition.units, "captured": captured},
+        )
+
+    def _outputs(self, captured: Captured) -> dict[str, Leaf]:
+        by_name = {leaf.name: leaf for leaf in captured.leaves if leaf.kind == "parameter"}
+        tensors = {id(p): n for n, (_, p) in self.names.items()}
+        # Export lists a tied weight under one of its names, not always the first.
+        for inner, parameter in self.step.named_parameters(remove_duplicate=False):
+            if inner in by_name:
+                by_name.setdefault(self.names[tensors[id(parameter)]][0], by_name[inner])
+        outputs = {}
+        for name in self._selected():
+            outputs[name] = by_name[self.names[name][0]]
+        if self.wants_inputs:
+            for leaf in captured.leaves:
+                if leaf.kind == "input" and leaf.node.meta["val"].is_floating_point():
+                    outputs[leaf.name] = leaf
+        return outputs
+
+    def _rename_attributes(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.target = str(node.target).removeprefix("model.")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A name, a prefix at a dot, or a shell pattern."""
+    stem = pattern.rstrip(".")
+    return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def signature_of(captured: Captured, fake_mode: Any) -> Signature:
+    inputs = []
+    for leaf in captured.leaves:
+        if leaf.kind == "input":
+            value = leaf.node.meta["val"]
+            shape = [s if isinstance(s, int) else s.node.expr for s in value.shape]
+            inputs.append(Input(leaf.name, shape, value.dtype, value.device))
+    guards = []
+    if fake_mode is not None and fake_mode.shape_env is not None:
+        env = fake_mode.shape_env
+        guards = [env.simplify(g.expr) for g in env.guards]
+        guards = list(dict.fromkeys(g for g in guards if g.free_symbols))
+    static = [v if v.__class__.__name__ != "_Tensor" else TENSOR for v in captured.in_leaves]
+    return Signature(inputs, captured.in_spec, static, guards)
+
+
+def check_supported(partition: Partition, source: dict[fx.Node, fx.Node]) -> None:
+    """Refuse operators without a structure, all at once."""
+    from hesscale_fx.structures import structure_of
+
+    unknown = [
+        u.call for u in partition.units if u.region is None and structure_of(u.call.target) is None
+    ]
+    if not unknown:
+        return
+    lines = []
+    for node in unknown:
+        value = node.meta.get("val")
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else "several outputs"
+        where = source_line(source[node])
+        lines.append(f"  {node.name}: {node.target} {shape}" + (f"  at {where}" if where else ""))
+    names = dict.fromkeys(str(n.target) for n in unknown)
+    calls = "\n".join(f"  hesscale_fx.register(torch.ops.{n}, ...)" for n in names)
+    raise UnsupportedOperatorError(
+        "No structure is known for the Jacobian of:\n" + "\n".join(lines)
+        + f"\nRegister one, e.g. 'pointwise', 'selection' or 'contraction':\n{calls}"
+    )

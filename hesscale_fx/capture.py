@@ -1,0 +1,479 @@
+"""Model and loss in, one functional ATen graph out.
+
+The only file that knows torch.export. The captured graph is at a pinned level: operators with a
+structure of their own stay whole (silu, layer_norm, linear, convolution, ...); every other
+composite operator is decomposed by PyTorch's own formulas.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from hesscale_fx import structures
+from hesscale_fx.boundary import output
+from hesscale_fx.errors import CaptureError, InvalidArgumentError, InvalidModelError
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Leaf:
+    """One tensor placeholder of the captured graph."""
+
+    node: fx.Node
+    kind: str  # "parameter", "buffer", "constant" or "input"
+    name: str  # the user's qualified name; for inputs the argument's name
+    value: torch.Tensor | None = None  # of a lifted constant
+
+
+@dataclass
+class Captured:
+    """A functional forward graph with what its placeholders and outputs mean."""
+
+    graph: fx.Graph
+    leaves: list[Leaf]
+    loss: fx.Node
+    mutations: dict[str, fx.Node]  # buffer name -> its new value
+    boundary: list[fx.Node]  # nodes that were marked as the model's output
+    in_spec: pytree.TreeSpec
+    in_leaves: list[Any]  # one an argument leaf: the name of its placeholder or a constant
+    dynamic: bool
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class Step(nn.Module):
+    """Model and loss as one module of flat tensor inputs, the form in which they are traced."""
+
+    def __init__(self, model: nn.Module, loss: Callable | None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss if isinstance(loss, nn.Module) else None
+        self.loss_fn = loss
+        self.targets = count_targets(loss) if loss is not None else 0
+        self.spec: pytree.TreeSpec | None = None
+        self.static: list[Any] = []
+
+    def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Remember the structure of the arguments; return their tensors."""
+        leaves, self.spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        self.static = [_TENSOR if isinstance(v, torch.Tensor) else v for v in leaves]
+        return [v for v in leaves if isinstance(v, torch.Tensor)]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        assert self.spec is not None
+        flat = iter(tensors)
+        leaves = [next(flat) if v is _TENSOR else v for v in self.static]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        if self.loss_fn is None:
+            return self.model(*args, **kwargs)
+        inputs, targets = split_targets(args, self.targets)
+        out = mark_boundary(self.model(*inputs, **kwargs))
+        return self.loss_fn(out, *targets)
+
+
+class _Tensor:
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+_TENSOR = _Tensor()
+
+
+def split_targets(args: tuple, targets: int) -> tuple[tuple, tuple]:
+    """The trailing `targets` positional arguments belong to the loss."""
+    if len(args) < targets:
+        raise InvalidArgumentError(
+            f"The loss takes {targets} target(s) after the model's output, but the call has only "
+            f"{len(args)} positional argument(s). Call hs(*inputs, *targets, **kwargs)."
+        )
+    cut = len(args) - targets
+    return args[:cut], args[cut:]
+
+
+def count_targets(loss: Callable) -> int:
+    """How many positional parameters without a default follow the first one of `loss`."""
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"The signature of loss {loss!r} cannot be read, so the number of targets is unknown. "
+            "Wrap it: loss=lambda output, target: ..."
+        ) from error
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in kinds]
+    return sum(p.default is inspect.Parameter.empty for p in positional[1:])
+
+
+def mark_boundary(out: Any) -> Any:
+    """Mark every floating-point tensor in the model's output as the boundary to the loss."""
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return output(value)
+        return value
+
+    return pytree.tree_map(mark, out)
+
+
+class _Function(nn.Module):
+    """A function with the modules that its closure holds, under the names used there."""
+
+    def __init__(self, function: Callable, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def modules_of(function: Callable) -> dict[str, nn.Module]:
+    """The modules that a function reaches: its closure, globals, defaults, self and partials."""
+    found: dict[str, nn.Module] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and all(value is not m for m in found.values()):
+            found[name] = value
+
+    def visit(f: Any) -> None:
+        if isinstance(f, functools.partial):
+            for i, value in enumerate(f.args):
+                add(f"arg{i}", value)
+            for name, value in f.keywords.items():
+                add(name, value)
+            visit(f.func)
+            return
+        owner = getattr(f, "__self__", None)
+        if isinstance(owner, nn.Module):
+            add(type(owner).__name__.lower(), owner)
+        f = inspect.unwrap(getattr(f, "__func__", f))
+        if inspect.isfunction(f):
+            scope = inspect.getclosurevars(f)
+            for name, value in {**scope.globals, **scope.nonlocals}.items():
+                add(name, value)
+                if inspect.isfunction(value) and value is not f:
+                    inner = inspect.getclosurevars(value).nonlocals
+                    for key, item in inner.items():
+                        add(key, item)
+
+    visit(function)
+    return found
+
+
+def as_module(model: Any) -> tuple[nn.Module, str]:
+    """The module to trace and the prefix of its parameters that the user's names do not have."""
+    if isinstance(model, nn.Module):
+        return model, ""
+    if callable(model):
+        modules = modules_of(model)
+        prefix = f"{next(iter(modules))}." if len(modules) == 1 else ""
+        return _Function(model, modules), prefix
+    raise InvalidModelError(
+        f"transform() takes an nn.Module, a GraphModule, an ExportedProgram or a function, "
+        f"not {type(model).__name__}."
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export warns about its own internals; the user can do nothing about those."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|copyreg")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message="The tensor attributes? self\\.")
+        warnings.filterwarnings("ignore", message=".*_flat_weights.*")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def capture(step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
+    """Trace `step` at the given arguments.
+
+    Raises:
+        CaptureError: torch.export cannot trace the model.
+        InvalidModelError: the result is not one real floating-point scalar.
+    """
+    tensors = step.bind(args, kwargs)
+    names = argument_names(step, args, kwargs)
+    program = None
+    if dynamic:
+        free = [roomy(t) for t in tensors]
+        try:
+            program = export(step, free, dynamic=True)
+            if any(a is not b for a, b in zip(free, tensors, strict=True)) and not is_free(program):
+                program = None  # the enlarged batch got baked in: it is no batch
+        except CaptureError:
+            program = None
+    if program is None:
+        program = export(step, tensors, dynamic=False)
+    return from_program(program, step, names)
+
+
+def roomy(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same kind whose leading size is no 0 or 1, which export would bake in."""
+    if tensor.dim() == 0 or tensor.shape[0] > 1:
+        return tensor
+    return tensor.new_zeros((2, *tensor.shape[1:]))
+
+
+def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
+    """torch.export with the leading dimensions free (where the model allows) or all fixed."""
+    auto = torch.export.Dim.AUTO
+    shapes = tuple({0: auto} if t.dim() else None for t in tensors) if dynamic else None
+    try:
+        with quiet(), torch.enable_grad(), no_autocast():
+            return torch.export.export(
+                step, tuple(tensors), dynamic_shapes=(shapes,) if shapes else None, strict=False
+            )
+    except InvalidArgumentError:
+        raise
+    except Exception as error:
+        raise CaptureError(explain(error, step)) from error
+
+
+def is_free(program: Any) -> bool:
+    """Whether every tensor input of the program kept its leading dimension as a symbol."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in program.graph.nodes if n.name in inputs]
+    return all(
+        not isinstance(v.shape[0], int) for v in values if isinstance(v, torch.Tensor) and v.dim()
+    )
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Ambient autocast belongs to the caller's own code, not to the captured graph."""
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    before = {k: torch.is_autocast_enabled(k) for k in kinds}
+    try:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        yield
+    finally:
+        for kind, on in before.items():
+            torch.set_autocast_enabled(kind, on)
+
+
+def explain(error: Exception, step: Step) -> str:
+    """The reason of a failed capture in two lines."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = text[0] if text else type(error).__name__
+    if type(error).__name__ not in reason:
+        reason = f"{type(error).__name__}: {reason}"
+    where = ""
+    frame = error.__traceback__
+    while frame is not None:
+        name = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "hesscale_fx" not in name and "<eval_with_key>" not in name:
+            where = f" at {name}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    name = type(step.model).__name__
+    return (
+        f"{name} cannot be captured{where}: {reason[:300]}\n"
+        "torch.export traces one path: replace control flow that reads tensor values "
+        "(torch.where, torch.cond), or move it out of the module."
+    )
+
+
+def argument_names(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """A readable name for each leaf of the call's arguments."""
+    inputs, targets = split_targets(args, step.targets)
+    forward = step.model.function if isinstance(step.model, _Function) else step.model.forward
+    names = positional_names(forward, len(inputs), "input")
+    if step.loss_fn is not None:
+        loss = step.loss_fn.forward if isinstance(step.loss_fn, nn.Module) else step.loss_fn
+        names += positional_names(loss, len(targets) + 1, "target")[1:]
+    top = dict(zip(names, args, strict=True)) if len(set(names)) == len(names) else {}
+    if not top:
+        top = {f"input_{i}": a for i, a in enumerate(args)}
+    result = []
+    for name, value in [*top.items(), *kwargs.items()]:
+        for path, _ in pytree.tree_flatten_with_path(value)[0]:
+            parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
+            result.append("_".join([name, *parts]))
+    return result
+
+
+def positional_names(function: Callable, count: int, default: str) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        parameters = []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in kinds][:count]
+    return names + [f"{default}_{i}" for i in range(len(names), count)]
+
+
+def from_program(program: Any, step: Step | None, names: list[str] | None) -> Captured:
+    """Decompose an exported program to the pinned level and read off its signature."""
+    with quiet(), no_autocast():
+        program = program.run_decompositions(decompositions())
+    graph = program.graph_module.graph
+    signature = program.graph_signature
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    leaves = []
+    values: dict[str, torch.Tensor] = {**program.constants}
+    user_inputs = 0
+    for spec in signature.input_specs:
+        node = placeholders[getattr(spec.arg, "name", "")] if hasattr(spec.arg, "name") else None
+        kind = spec.kind.name
+        if kind == "USER_INPUT":
+            if node is not None and isinstance(node.meta.get("val"), torch.Tensor):
+                name = names_of_tensors(step, names)[user_inputs] if names else node.name
+                leaves.append(Leaf(node, "input", name))
+                user_inputs += 1
+            elif node is not None:
+                raise CaptureError(f"Input {node.name} of the program is no tensor.")
+            continue
+        assert node is not None
+        if kind == "PARAMETER":
+            leaves.append(Leaf(node, "parameter", spec.target))
+        elif kind == "BUFFER":
+            leaves.append(Leaf(node, "buffer", spec.target))
+        elif kind == "CONSTANT_TENSOR":
+            leaves.append(Leaf(node, "constant", spec.target, values[spec.target]))
+        else:
+            raise CaptureError(f"The captured program has an input of kind {kind}: {spec.target}.")
+    output_node = graph.find_nodes(op="output")[0]
+    loss, mutations = read_outputs(output_node, signature)
+    check_loss(loss, step)
+    drop_checks(graph)
+    boundary = strip_boundary(graph)
+    loss = output_node.args[0][signature_loss_index(signature)]
+    mutations = {k: output_node.args[0][i] for i, k in mutation_indices(signature)}
+    return Captured(
+        graph=graph,
+        leaves=leaves,
+        loss=loss,
+        mutations=mutations,
+        boundary=boundary,
+        in_spec=step.spec if step is not None and step.spec is not None else program.call_spec.in_spec,
+        in_leaves=list(step.static) if step is not None else [_TENSOR] * user_inputs,
+        dynamic=any(
+            not isinstance(s, int)
+            for leaf in leaves
+            if leaf.kind == "input"
+            for s in leaf.node.meta["val"].shape
+        ),
+    )
+
+
+def names_of_tensors(step: Step | None, names: list[str]) -> list[str]:
+    if step is None:
+        return names
+    return [n for n, v in zip(names, step.static, strict=True) if v is _TENSOR]
+
+
+def signature_loss_index(signature: Any) -> int:
+    kinds = [spec.kind.name for spec in signature.output_specs]
+    return kinds.index("USER_OUTPUT")
+
+
+def mutation_indices(signature: Any) -> list[tuple[int, str]]:
+    return [
+        (i, spec.target)
+        for i, spec in enumerate(signature.output_specs)
+        if spec.kind.name == "BUFFER_MUTATION"
+    ]
+
+
+def read_outputs(output_node: fx.Node, signature: Any) -> tuple[Any, dict[str, fx.Node]]:
+    kinds = [spec.kind.name for spec in signature.output_specs]
+    if "USER_INPUT_MUTATION" in kinds:
+        spec = signature.output_specs[kinds.index("USER_INPUT_MUTATION")]
+        raise InvalidModelError(
+            f"The model writes into its input {spec.target!r}. Work on a copy: x = x.clone()."
+        )
+    if "PARAMETER_MUTATION" in kinds:
+        spec = signature.output_specs[kinds.index("PARAMETER_MUTATION")]
+        raise InvalidModelError(f"The model writes into its parameter {spec.target!r}.")
+    outputs = [
+        o for o, k in zip(output_node.args[0], kinds, strict=True) if k == "USER_OUTPUT"
+    ]
+    if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
+        raise InvalidModelError(
+            f"The model returns {len(outputs)} values, not one scalar loss. Pass the loss: "
+            "transform(model, loss), e.g. transform(model, lambda out: out.loss)."
+        )
+    return outputs[0], {}
+
+
+def check_loss(loss: fx.Node, step: Step | None) -> None:
+    value = loss.meta["val"]
+    given = step is not None and step.loss_fn is not None
+    who = "The loss" if given else "The model"
+    if value.numel() != 1 or value.dim() > 0:
+        way = (
+            "Reduce it, e.g. with .mean() or reduction='mean'."
+            if given
+            else "Pass the loss: transform(model, loss), or let the model return a scalar."
+        )
+        raise InvalidModelError(
+            f"{who} returns a tensor of shape {tuple(value.shape)}, not a scalar. {way}"
+        )
+    if not value.is_floating_point():
+        raise InvalidModelError(
+            f"{who} returns {value.dtype}; the loss must be a real floating-point scalar. "
+            + ("Take its real part or abs()." if value.is_complex() else "Convert it to float.")
+        )
+
+
+CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+def drop_checks(graph: fx.Graph) -> None:
+    """Export's checks of shapes and dtypes: the module checks its arguments itself."""
+    for node in reversed(graph.nodes):
+        if node.target in CHECKS:
+            graph.erase_node(node)
+
+
+def strip_boundary(graph: fx.Graph) -> list[fx.Node]:
+    """Remove the identity operators that marked the model's output; return what they marked."""
+    marked: dict[fx.Node, None] = {}
+    for node in list(graph.nodes):
+        if node.target == torch.ops.hesscale_fx.output.default:
+            source = node.args[0]
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            marked[source] = None
+    return list(marked)
+
+
+@functools.cache
+def _core_table() -> dict[Any, Callable]:
+    return dict(torch.export.default_decompositions().items())
+
+
+def decompositions() -> dict[Any, Callable]:
+    """PyTorch's decompositions, without those of operators that have a structure here."""
+    table = {op: f for op, f in _core_table().items() if not structures.is_known(op)}
+    table.update(structures.definitions_for_capture())
+    return table
+
+
+def operators_of(graph: fx.Graph) -> set[Any]:
+    return {
+        n.target
+        for n in graph.nodes
+        if n.op == "call_function" and n.target is not operator.getitem
+    }

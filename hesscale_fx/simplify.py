@@ -1,0 +1,192 @@
+"""Algebra on an fx graph of ATen calls: constants zero and one, common subexpressions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+ZEROS = {aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default}
+ONES = {aten.ones_like.default, aten.ones.default, aten.new_ones.default}
+FULL = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
+# Zero in, zero out (in every tensor operand, or in the only one).
+KEEP_ALL = {
+    aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.expand.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.sum.dim_IntList, aten.sum.default,
+    aten.mean.dim, aten.mean.default,
+    aten._to_copy.default, aten.detach.default, aten.clone.default, aten.reshape.default,
+    aten._unsafe_view.default, aten.mul.Scalar, aten.div.Scalar, aten.alias.default,
+    aten.slice.Tensor, aten.select.int, aten.abs.default, aten.sgn.default, aten.square.default,
+}  # fmt: skip
+KEEP_ONE = {
+    aten.expand.default, aten.view.default, aten.permute.default, aten.transpose.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.detach.default, aten._to_copy.default,
+    aten.clone.default, aten.reshape.default, aten._unsafe_view.default, aten.t.default,
+    aten.alias.default, aten.squeeze.dims,
+}  # fmt: skip
+PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}
+# Backward kernels that are linear in their first operand.
+LINEAR_FIRST = {
+    aten.div.Tensor, aten.threshold_backward.default, aten.tanh_backward.default,
+    aten.sigmoid_backward.default, aten.gelu_backward.default, aten.silu_backward.default,
+    aten.masked_fill.Scalar, aten.embedding_dense_backward.default, aten.slice_backward.default,
+    aten.select_backward.default, aten.hardtanh_backward.default, aten.leaky_relu_backward.default,
+}  # fmt: skip
+
+
+class Constants:
+    """Remembers which nodes are zero, or one, everywhere and for every input."""
+
+    def __init__(self) -> None:
+        self._zero: dict[fx.Node, bool] = {}
+        self._one: dict[fx.Node, bool] = {}
+
+    def is_zero(self, value: Any) -> bool:
+        return self._remember(self._zero, value, 0, self._zero_call)
+
+    def is_one(self, value: Any) -> bool:
+        return self._remember(self._one, value, 1, self._one_call)
+
+    def _remember(self, memo: dict, value: Any, number: int, rule: Callable) -> bool:
+        if not isinstance(value, fx.Node):
+            return isinstance(value, (int, float)) and value == number
+        if value not in memo:
+            memo[value] = value.op == "call_function" and rule(value)
+        return memo[value]
+
+    def _zero_call(self, node: fx.Node) -> bool:
+        target, args = node.target, node.args
+        if target in ZEROS:
+            return True
+        if target in FULL:
+            fill = args[FULL[target]]
+            return isinstance(fill, (int, float)) and fill == 0
+        if target is aten.masked_fill.Scalar:
+            return self.is_zero(args[0]) and self.is_zero(args[2])
+        if target is aten.where.self:
+            return self.is_zero(args[1]) and self.is_zero(args[2])
+        if target in PRODUCTS:
+            return self.is_zero(args[0]) or self.is_zero(args[1])
+        if target is aten.mul.Scalar:
+            return self.is_zero(args[0]) or self.is_zero(args[1])
+        if target in KEEP_ALL:
+            return all(self.is_zero(a) for a in node.all_input_nodes if is_tensor(a)) and (
+                target not in (aten.add.Tensor, aten.sub.Tensor) or self.is_zero(args[1])
+            )
+        return target in LINEAR_FIRST and self.is_zero(args[0])
+
+    def _one_call(self, node: fx.Node) -> bool:
+        target, args = node.target, node.args
+        if target in ONES:
+            return True
+        if target in FULL:
+            fill = args[FULL[target]]
+            return isinstance(fill, (int, float)) and fill == 1
+        if target is aten.mul.Tensor:
+            return self.is_one(args[0]) and self.is_one(args[1])
+        return target in KEEP_ONE and self.is_one(args[0])
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def same_type(a: fx.Node, b: fx.Node) -> bool:
+    """Whether one may stand for the other: shape (symbols included), dtype and device."""
+    x, y = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return False
+    return (
+        x.dtype == y.dtype and x.device == y.device and [str(s) for s in x.shape]
+        == [str(s) for s in y.shape]
+    )
+
+
+def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
+    """Fold and merge; forward nodes may serve for generated ones, never the other way round."""
+    constants = Constants()
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        replacement = fold(node, constants) if node in generated else None
+        if replacement is None:
+            replacement = merge(node, seen) if can_merge(node) else None
+        if replacement is not None and replacement is not node:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
+    """A simpler node of the same value, or None."""
+    target, args = node.target, node.args
+    first = args[0] if args else None
+    if target in (aten.detach.default, aten.alias.default):
+        return first  # type: ignore[return-value]
+    if not isinstance(first, fx.Node):
+        return None
+    second = args[1] if len(args) > 1 else None
+    candidate: Any = None
+    if target in (aten.mul.Tensor, aten.mul.Scalar):
+        if constants.is_one(second):
+            candidate = first
+        elif constants.is_one(first):
+            candidate = second
+    elif target is aten.add.Tensor and not node.kwargs:
+        if constants.is_zero(second):
+            candidate = first
+        elif constants.is_zero(first):
+            candidate = second
+    elif target in (aten.sub.Tensor, aten.div.Tensor, aten.div.Scalar):
+        unit = constants.is_zero if target is aten.sub.Tensor else constants.is_one
+        candidate = first if unit(second) and not node.kwargs else None
+    elif target in (aten.view.default, aten.expand.default, aten.sum.dim_IntList, aten.clone.default,
+                    aten._to_copy.default):
+        candidate = first if same_layout(node, first) else None
+    elif target is aten.neg.default and first.target is aten.neg.default:
+        candidate = first.args[0]
+    if isinstance(candidate, fx.Node) and same_type(candidate, node):
+        return candidate
+    return None
+
+
+def same_layout(node: fx.Node, first: fx.Node) -> bool:
+    if node.target is aten.sum.dim_IntList:
+        dims: Any = node.args[1]
+        value = first.meta["val"]
+        return all(isinstance(value.shape[d], int) and value.shape[d] == 1 for d in dims)
+    return same_type(node, first)
+
+
+def can_merge(node: fx.Node) -> bool:
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return True
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags or node.is_impure():
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+def merge(node: fx.Node, seen: dict[Any, fx.Node]) -> fx.Node | None:
+    """An earlier node with the same call; else remember this one."""
+    key = (node.op, node.target, freeze(node.args), freeze(node.kwargs))
+    return seen.setdefault(key, node)
+
+
+def freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, freeze(v)) for k, v in value.items())
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    # 1, 1.0 and True are equal but not the same argument.
+    return (type(value).__name__, value)

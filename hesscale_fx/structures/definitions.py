@@ -1,0 +1,430 @@
+"""Operators defined by pointwise functions and reductions along a row.
+
+A definition is the operator written out in plain torch. From it the analysis knows which
+dimensions the operator couples, and the region rule derives its Jacobian and curvature, so a
+named operator and its hand-written spelling share one rule. Reductions keep their dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+DEFINITIONS: dict[Any, Callable[..., Any]] = {}
+# Definitions that replace the operator at capture: they contain contractions or selections, which
+# a region does not.
+AT_CAPTURE: dict[Any, Callable[..., Any]] = {}
+# Their definition reads other outputs of the call (a drawn mask), passed as the keyword `saved`.
+READS_OUTPUTS: set[Any] = set()
+
+
+def defines(*ops: Any, at_capture: bool = False, reads_outputs: bool = False) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        for op in ops:
+            (AT_CAPTURE if at_capture else DEFINITIONS)[op] = function
+            if reads_outputs:
+                READS_OUTPUTS.add(op)
+        return function
+
+    return decorate
+
+
+def dims_of(x: Tensor, dim: Any) -> list[int]:
+    """All dimensions when `dim` is None or empty, else the non-negative ones."""
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return list(range(x.dim()))
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    return [d % max(x.dim(), 1) for d in dims] if x.dim() else []
+
+
+def count(x: Tensor, dims: list[int]) -> Any:
+    n: Any = 1
+    for d in dims:
+        n = n * x.shape[d]
+    return n
+
+
+def squeeze(x: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    if keepdim:
+        return x
+    for d in sorted(dims, reverse=True):
+        x = x.squeeze(d)
+    return x
+
+
+def total(x: Tensor, dims: list[int]) -> Tensor:
+    return x.sum(dims, keepdim=True) if dims else x
+
+
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None or dtype == x.dtype else x.to(dtype)
+
+
+@defines(aten.softmax.int, aten._softmax.default)
+def softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    x = cast(x, dtype if isinstance(dtype, torch.dtype) else None)
+    e = (x - x.amax(dims_of(x, dim), keepdim=True)).exp()
+    return e / total(e, dims_of(x, dim))
+
+
+@defines(aten.log_softmax.int, aten._log_softmax.default)
+def log_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    x = cast(x, dtype if isinstance(dtype, torch.dtype) else None)
+    z = x - x.amax(dims_of(x, dim), keepdim=True)
+    return z - total(z.exp(), dims_of(x, dim)).log()
+
+
+@defines(aten.logsumexp.default)
+def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    dims = dims_of(x, dim)
+    peak = x.amax(dims, keepdim=True).detach()
+    # Where every entry is infinite the shift must not make inf - inf.
+    peak = torch.where(peak.abs() == float("inf"), torch.zeros_like(peak), peak)
+    return squeeze(total((x - peak).exp(), dims).log() + peak, dims, keepdim)
+
+
+def moments(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Deviations from the mean over `dims` and the biased variance."""
+    d = x - x.mean(dims, keepdim=True)
+    return d, (d * d).mean(dims, keepdim=True)
+
+
+@defines(aten.var.correction)
+def var(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    dims = dims_of(x, dim)
+    d = x - x.mean(dims, keepdim=True)
+    n = count(x, dims) - (1 if correction is None else correction)
+    return squeeze(total(d * d, dims) / n, dims, keepdim)
+
+
+@defines(aten.var_mean.correction)
+def var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    dims = dims_of(x, dim)
+    mean = squeeze(x.mean(dims, keepdim=True), dims, keepdim)
+    return var(x, dim, correction=correction, keepdim=keepdim), mean
+
+
+@defines(aten.std.correction)
+def std(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+    return var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+
+
+@defines(aten.std_mean.correction)
+def std_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    v, mean = var_mean(x, dim, correction=correction, keepdim=keepdim)
+    return v.sqrt(), mean
+
+
+@defines(aten.linalg_vector_norm.default)
+def vector_norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    x = cast(x, dtype)
+    dims = dims_of(x, dim)
+    if ord == float("inf"):
+        return squeeze(x.abs().amax(dims, keepdim=True), dims, keepdim)
+    if ord == -float("inf"):
+        return squeeze(x.abs().amin(dims, keepdim=True), dims, keepdim)
+    if ord == 0:
+        return squeeze(total((x != 0).to(x.dtype), dims), dims, keepdim)
+    if ord == 1:
+        return squeeze(total(x.abs(), dims), dims, keepdim)
+    if ord == 2:
+        return squeeze(total(x * x, dims).sqrt(), dims, keepdim)
+    return squeeze(total(x.abs().pow(ord), dims).pow(1 / ord), dims, keepdim)
+
+
+@defines(aten.norm.ScalarOpt_dim)
+def norm_dim(x: Tensor, p: Any, dim: Any, keepdim: bool = False) -> Tensor:
+    return vector_norm(x, 2 if p is None else p, dim, keepdim)
+
+
+@defines(aten.norm.Scalar)
+def norm_all(x: Tensor, p: Any = 2) -> Tensor:
+    return vector_norm(x, p)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+@defines(aten.layer_norm.default)
+def layer_norm(
+    x: Tensor,
+    shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    d, v = moments(x, list(range(x.dim() - len(shape), x.dim())))
+    return affine(d * (v + eps).rsqrt(), weight, bias)
+
+
+@defines(aten.native_layer_norm.default)
+def native_layer_norm(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    d, v = moments(x, dims)
+    rstd = (v + eps).rsqrt()
+    return affine(d * rstd, weight, bias), x.mean(dims, keepdim=True), rstd
+
+
+@defines(aten.rms_norm.default)
+def rms_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    tiny = torch.finfo(x.dtype).eps if eps is None else eps
+    return affine(x * ((x * x).mean(dims, keepdim=True) + tiny).rsqrt(), weight, None)
+
+
+@defines(aten._fused_rms_norm.default)
+def fused_rms_norm(x: Tensor, shape: Any, weight: Any, eps: Any) -> Any:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    tiny = torch.finfo(x.dtype).eps if eps is None else eps
+    rstd = ((x * x).mean(dims, keepdim=True) + tiny).rsqrt()
+    return affine(x * rstd, weight, None), rstd
+
+
+def per_channel(p: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if p is None else p.reshape([1, -1] + [1] * (x.dim() - 2))
+
+
+@defines(aten.group_norm.default)
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    d, v = moments(x.reshape([x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]),
+                   list(range(2, x.dim() + 1)))
+    y = (d * (v + eps).rsqrt()).reshape(x.shape)
+    return affine(y, per_channel(weight, x), per_channel(bias, x))
+
+
+@defines(aten.native_group_norm.default)
+def native_group_norm(
+    x: Tensor, weight: Any, bias: Any, n: Any, c: Any, hw: Any, groups: int, eps: float
+) -> Any:
+    return group_norm(x, groups, weight, bias, eps), None, None
+
+
+def batch_statistics(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+@defines(aten._native_batch_norm_legit_functional.default)
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    """Batch norm; the statistics that it returns besides are not differentiated."""
+    if training:
+        d, v = moments(x, batch_statistics(x))
+        y = d * (v + eps).rsqrt()
+    else:
+        mean, v = per_channel(running_mean, x), per_channel(running_var, x)
+        y = (x - mean) * (v + eps).rsqrt()
+    return affine(y, per_channel(weight, x), per_channel(bias, x)), None, None, None, None
+
+
+@defines(aten._native_batch_norm_legit.no_stats)
+def batch_norm_no_stats(
+    x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    return (*batch_norm(x, weight, bias, None, None, True, momentum, eps)[:1], None, None)  # type: ignore[arg-type]
+
+
+@defines(aten._native_batch_norm_legit_no_training.default)
+def batch_norm_eval(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> Any:
+    return (*batch_norm(x, weight, bias, mean, var, False, momentum, eps)[:1], None, None)
+
+
+@defines(aten.batch_norm.default)
+def batch_norm_composite(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]
+
+
+@defines(aten.native_dropout.default, reads_outputs=True)
+def native_dropout(x: Tensor, p: float, train: bool | None = True, *, saved: Any = None) -> Any:
+    """The mask is drawn once, by the operator itself; here it is a constant."""
+    if not train or p == 0:
+        return x, None
+    scale = 0.0 if p == 1 else 1 / (1 - p)
+    return x * (saved[1].to(x.dtype) * scale), None
+
+
+# --- replaced at capture ------------------------------------------------------------------------
+
+
+@defines(aten.scaled_dot_product_attention.default, at_capture=True)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Two contractions with a softmax between; the fused kernels hide the probabilities."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-2, -1)) * factor
+    if is_causal:
+        rows = torch.arange(query.shape[-2], device=query.device)
+        columns = torch.arange(key.shape[-2], device=query.device)
+        scores = scores.masked_fill(columns > rows.unsqueeze(-1), float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+    weights = safe_softmax(scores)
+    if dropout_p > 0:
+        weights = torch.dropout(weights, dropout_p, True)
+    return weights @ value
+
+
+def safe_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row that is masked whole gives zeros, not NaN."""
+    masked = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.masked_fill(masked, 0.0).softmax(-1)
+    return weights.masked_fill(masked, 0.0)
+
+
+@defines(aten._safe_softmax.default, at_capture=True)
+def _safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    return safe_softmax(cast(x, dtype).movedim(dim, -1)).movedim(-1, dim)
+
+
+def scaled_sum(beta: Any, a: Tensor, alpha: Any, b: Tensor) -> Tensor:
+    return (a if beta == 1 else a * beta) + (b if alpha == 1 else b * alpha)
+
+
+@defines(aten.addmm.default, at_capture=True)
+def addmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return scaled_sum(beta, a, alpha, torch.mm(b, c))
+
+
+@defines(aten.addmv.default, at_capture=True)
+def addmv(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return scaled_sum(beta, a, alpha, torch.mv(b, c))
+
+
+@defines(aten.addbmm.default, at_capture=True)
+def addbmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return scaled_sum(beta, a, alpha, torch.bmm(b, c).sum(0))
+
+
+@defines(aten.baddbmm.default, at_capture=True)
+def baddbmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return scaled_sum(beta, a, alpha, torch.bmm(b, c))
+
+
+@defines(aten.addr.default, at_capture=True)
+def addr(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return scaled_sum(beta, a, alpha, b.unsqueeze(1) * c)
+
+
+@defines(aten.embedding_bag.padding_idx, at_capture=True)
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool,
+    mode: int,
+    sparse: bool,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Any:
+    """A lookup, then a sum, mean or maximum over each bag."""
+    if scale_grad_by_freq:
+        raise NotImplementedError("embedding_bag with scale_grad_by_freq has no true Jacobian")
+    starts = offsets[:-1] if include_last_offset else offsets
+    position = torch.arange(indices.shape[0], device=indices.device)
+    bag = torch.searchsorted(starts, position.to(starts.dtype), right=True) - 1
+    rows = torch.nn.functional.embedding(indices, weight)
+    kept = torch.ones_like(indices, dtype=rows.dtype)
+    if padding_idx is not None:
+        kept = (indices != padding_idx % weight.shape[0]).to(rows.dtype)
+    if mode == 2:
+        low = rows.masked_fill((kept == 0).unsqueeze(1), float("-inf"))
+        out = rows.new_zeros(starts.shape[0], weight.shape[1])
+        index = bag.unsqueeze(1).expand_as(rows)
+        out = out.scatter_reduce(0, index, low, "amax", include_self=False)
+    else:
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights.unsqueeze(1)
+        rows = rows * kept.unsqueeze(1)
+        out = rows.new_zeros(starts.shape[0], weight.shape[1]).index_add(0, bag, rows)
+        if mode == 1:
+            size = kept.new_zeros(starts.shape[0]).index_add(0, bag, kept).clamp(min=1)
+            out = out / size.unsqueeze(1)
+    return out, bag, torch.zeros_like(starts), torch.zeros_like(starts)
+
+
+def reduced(loss: Tensor, reduction: int) -> Tensor:
+    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+
+
+@defines(aten.multi_margin_loss.default, at_capture=True)
+def multi_margin_loss(
+    x: Tensor, target: Tensor, p: Any = 1, margin: Any = 1, weight: Any = None, reduction: int = 1
+) -> Tensor:
+    rows = x if x.dim() == 2 else x.unsqueeze(0)
+    index = target.reshape(-1, 1)
+    hinge = (margin - rows.gather(1, index) + rows).clamp(min=0)
+    hinge = hinge if p == 1 else hinge * hinge
+    if weight is not None:
+        hinge = hinge * weight[index]
+    other = torch.arange(rows.shape[1], device=x.device) != index
+    loss = (hinge * other.to(x.dtype)).sum(1) / rows.shape[1]
+    return reduced(loss if x.dim() == 2 else loss.squeeze(0), reduction)
+
+
+@defines(aten.multilabel_margin_loss.default, at_capture=True)
+def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    rows = x if x.dim() == 2 else x.unsqueeze(0)
+    labels = target if x.dim() == 2 else target.unsqueeze(0)
+    classes = torch.arange(rows.shape[1], device=x.device)
+    # Labels count up to the first -1 of their row.
+    valid = (labels < 0).to(torch.int64).cumsum(1) == 0
+    is_target = ((labels.unsqueeze(2) == classes) & valid.unsqueeze(2)).any(1)
+    picked = rows.gather(1, labels.clamp(min=0)).unsqueeze(2)
+    hinge = (1 - picked + rows.unsqueeze(1)).clamp(min=0)
+    counted = valid.unsqueeze(2) & ~is_target.unsqueeze(1)
+    loss = (hinge * counted.to(x.dtype)).sum((1, 2)) / rows.shape[1]
+    return reduced(loss if x.dim() == 2 else loss.squeeze(0), reduction)

@@ -1,0 +1,427 @@
+"""The rule of a region: pointwise functions and reductions along one common set of axes.
+
+Within a row of n entries cut the region at its reductions ``r_j = sum_k psi_j(x_k, r_<j)``. What is
+left between them, the outputs ``y`` and the integrands ``psi_j``, is pointwise in the inputs and in
+the r_j. With the adjoints ``l_j = dL/dr_j`` the function
+
+    Lambda(x, r) = sum_k g_k y_k(x, r) + sum_j l_j psi_j(x, r)
+
+has the gradient of the loss in x, and the second derivatives of the loss along one entry of an
+input v, whose total derivative is (1, C_j) in (v, r_j), are those of a Lagrangian:
+
+    P(v, v) + 2 sum_j P(v, r_j) C_j + sum_jl C_j C_l S(P(r_j, r_l)),    S: sum over the row,
+    C_j = d psi_j/dv + sum_{l<j} S(d psi_j/dr_l) C_l,
+    P(u, w) = d2 Lambda / du dw              for `curvature`,
+              sum_k s_k dy_k/du dy_k/dw      for `squared_vjp`.
+
+All partials are elementwise and come from autograd. The cost is linear in the region, for any
+number of reductions; without any, this is the pointwise rule ``a^2 s + a' g``. An input that is
+constant along some axes sums P and C over those of the row first, and the result over the others.
+
+Every tensor is viewed over the region's atomic axes (see analysis/axes.py), so that nothing here
+knows about reshapes or permutations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hesscale_fx.structures import table
+from hesscale_fx.structures.base import Tensors, add, mul, or_none, vjp, wide, widen
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Region:
+    """A set of nodes with one rule, and the axes of the tensors in it."""
+
+    nodes: list[fx.Node]  # in topological order
+    inputs: list[fx.Node]  # differentiated
+    outputs: list[fx.Node]
+    dims: dict[fx.Node, list[list[int]]]  # of every tensor in or entering the region
+    order: list[int]  # all atomic axes
+    row: set[int]  # the axes that the reductions sum over
+
+    name: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        if any(n.target in table.REDUCTIONS for n in self.nodes):
+            self.name = "row"
+        elif all(n.target in table.VIEWS for n in self.nodes):
+            self.name = "selection"
+        else:
+            self.name = "diagonal"
+
+
+def reduction(node: fx.Node) -> tuple[list[int], bool]:
+    """The dimensions a reduction sums over, and whether it keeps them."""
+    source: Any = node.args[0]
+    rank = source.meta["val"].dim()
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        dim = list(range(rank))
+    dims = [dim] if isinstance(dim, int) else list(dim)  # type: ignore[arg-type]
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return [d % max(rank, 1) for d in dims] if rank else [], bool(keepdim)
+
+
+class Layout:
+    """Moves tensors between their own shape and the region's axes."""
+
+    def __init__(self, region: Region, values: Callable[[fx.Node], Tensor]) -> None:
+        self.region = region
+        self.position = {axis: i for i, axis in enumerate(region.order)}
+        self.sizes: dict[int, Any] = {}
+        for node, dims in region.dims.items():
+            shape = (values(node) if node not in set(region.nodes) else node.meta["val"]).shape
+            for dim, size in zip(dims, shape, strict=True):
+                if len(dim) == 1 and not isinstance(self.sizes.get(dim[0]), int):
+                    if node not in set(region.nodes) or dim[0] not in self.sizes:
+                        self.sizes[dim[0]] = size
+
+    def axes(self, node: fx.Node) -> list[int]:
+        return [a for d in self.region.dims[node] for a in d]
+
+    def shape(self, node: fx.Node) -> list[Any]:
+        """The node's shape over the region's axes, one where it is constant."""
+        own = set(self.axes(node))
+        return [self.sizes[a] if a in own else 1 for a in self.region.order]
+
+    def canonical(self, node: fx.Node, value: Tensor) -> Tensor:
+        axes = self.axes(node)
+        if self._is_plain(node):
+            return value
+        value = value.reshape([self.sizes[a] for a in axes])
+        ranks = sorted(range(len(axes)), key=lambda i: self.position[axes[i]])
+        value = value.permute(ranks) if ranks != list(range(len(axes))) else value
+        return value.reshape(self.shape(node))
+
+    def native(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The inverse of `canonical`."""
+        if self._is_plain(node):
+            return value
+        axes = self.axes(node)
+        inner = sorted(axes, key=lambda a: self.position[a])
+        value = value.reshape([self.sizes[a] for a in inner])
+        ranks = [inner.index(a) for a in axes]
+        value = value.permute(ranks) if ranks != list(range(len(axes))) else value
+        return value.reshape(node.meta["val"].shape if self._static(node) else self._shape(node))
+
+    def _static(self, node: fx.Node) -> bool:
+        return all(isinstance(s, int) for s in node.meta["val"].shape)
+
+    def _shape(self, node: fx.Node) -> list[Any]:
+        return [math.prod([self.sizes[a] for a in d]) for d in self.region.dims[node]]
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        dims = self.region.dims[node]
+        return len(dims) == len(self.region.order) and all(
+            d in ([], [a]) for d, a in zip(dims, self.region.order, strict=True)
+        )
+
+    def sum(self, value: Tensor | None, axes: set[int]) -> Tensor | None:
+        """Sum over those of `axes` along which the value is not constant."""
+        if value is None:
+            return None
+        dims = [
+            self.position[a]
+            for a in axes
+            if not (isinstance(value.shape[self.position[a]], int)
+                    and value.shape[self.position[a]] == 1)
+        ]
+        return value.sum(sorted(dims), keepdim=True) if dims else value
+
+
+@dataclass
+class Function:
+    """One pointwise function of the cut region: an output, or the integrand of a reduction."""
+
+    node: fx.Node
+    is_output: bool
+    value: Tensor | None = None
+    variables: dict[fx.Node, Tensor] = field(default_factory=dict)
+    first: dict[fx.Node, Tensor | None] = field(default_factory=dict)
+    second: dict[tuple[fx.Node, fx.Node], Tensor | None] = field(default_factory=dict)
+
+
+class RegionAt:
+    """Evaluates a region's rule; see the module's docstring.
+
+    Args:
+        region: the region.
+        values: the value of each node that enters the region.
+        run: computes the region's outputs, in their own shapes, from those of its inputs; used
+            for `vjp`, so that it may call native operators where the region was written with them.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        values: Callable[[fx.Node], Tensor],
+        run: Callable[[dict[fx.Node, Tensor]], list[Tensor]],
+    ) -> None:
+        self.region = region
+        self._values = values
+        self._run = run
+        self._layout = Layout(region, values)
+        self._members = set(region.nodes)
+        self._reductions = [n for n in region.nodes if n.target in table.REDUCTIONS]
+        self._known: dict[fx.Node, Any] = {}
+        self._functions: dict[tuple[fx.Node, bool], Function] = {}
+        self._active = self._depends(region.inputs)
+
+    def _depends(self, inputs: list[fx.Node]) -> set[fx.Node]:
+        reached = set(inputs)
+        for node in self.region.nodes:
+            if any(a in reached for a in node.all_input_nodes) and not is_constant(node):
+                reached.add(node)
+        return reached
+
+    # --- the three questions ------------------------------------------------------------------
+
+    def vjp(self, u: Tensors) -> list[Tensor | None]:
+        inputs = {n: self._values(n).detach().requires_grad_() for n in self.region.inputs}
+        with torch.enable_grad():
+            outputs = self._run(inputs)
+        return vjp(outputs, list(inputs.values()), u)
+
+    def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
+        weights = [self._canonical_of(n, v) for n, v in zip(self.region.outputs, s, strict=True)]
+        if all(w is None for w in weights):
+            return [None] * len(self.region.inputs)
+
+        def entries(u: fx.Node, v: fx.Node) -> list[Tensor]:
+            found = []
+            for node, weight in zip(self.region.outputs, weights, strict=True):
+                if weight is not None:
+                    f = self._linearized(node, True)
+                    found.append(mul(self._first(f, u), self._first(f, v), weight))
+            return [t for t in found if t is not None]
+
+        return self._diagonal(entries)
+
+    def curvature(self, g: Tensors) -> list[Tensor | None]:
+        weights: list[tuple[Function, Tensor]] = []
+        for node, value in zip(self.region.outputs, g, strict=True):
+            weight = self._canonical_of(node, value)
+            if weight is not None:
+                weights.append((self._linearized(node, True), weight))
+        for node in reversed(self._reductions):
+            adjoint = None
+            for f, weight in weights:
+                term = mul(self._first(f, node), weight)
+                adjoint = add(adjoint, self._layout.sum(term, self._absent(node)))
+            if adjoint is not None and node in self._active:
+                weights.append((self._linearized(node, False), adjoint))
+
+        def entries(u: fx.Node, v: fx.Node) -> list[Tensor]:
+            found = [mul(self._second(f, u, v), weight) for f, weight in weights]
+            return [t for t in found if t is not None]
+
+        return self._diagonal(entries)
+
+    def _diagonal(self, entries: Callable[[fx.Node, fx.Node], list[Tensor]]) -> list[Tensor | None]:
+        """The diagonal for each input, given the elementwise second derivatives P(u, v)."""
+        coupling: dict[tuple[fx.Node, fx.Node], Tensor | None] = {}
+
+        def between(a: fx.Node, b: fx.Node) -> Tensor | None:
+            if (a, b) not in coupling:
+                absent = self._absent(a) & self._absent(b)
+                coupling[a, b] = self._total(entries(a, b), absent)
+            return coupling[a, b]
+
+        results = []
+        for v in self.region.inputs:
+            absent = self._absent(v)
+            inside, outside = absent & self.region.row, absent - self.region.row
+            slopes = self._slopes(v, inside)
+            parts = [self._total(entries(v, v), absent)]
+            for i, (a, ca) in enumerate(slopes):
+                cross = self._total(entries(v, a), inside)
+                parts.append(self._layout.sum(mul(cross, ca + ca), outside))
+                for b, cb in slopes[: i + 1]:
+                    factor = ca if a is b else ca + ca
+                    parts.append(self._layout.sum(mul(between(a, b), factor, cb), outside))
+            total: Tensor | None = None
+            for part in parts:
+                total = add(total, or_none(part))
+            results.append(None if total is None else self._finish(v, total))
+        return results
+
+    def _slopes(self, v: fx.Node, inside: set[int]) -> list[tuple[fx.Node, Tensor]]:
+        """C_j = dr_j/dv for every reduction that v reaches."""
+        slopes: list[tuple[fx.Node, Tensor]] = []
+        for node in self._reductions:
+            if node not in self._active:
+                continue
+            f = self._linearized(node, False)
+            slope = self._layout.sum(self._first(f, v), inside)
+            for earlier, c in slopes:
+                inner = self._layout.sum(self._first(f, earlier), self.region.row)
+                slope = add(slope, mul(inner, c))
+            slope = or_none(slope)
+            if slope is not None:
+                slopes.append((node, slope))
+        return slopes
+
+    # --- pieces -------------------------------------------------------------------------------
+
+    def _absent(self, node: fx.Node) -> set[int]:
+        return set(self.region.order) - set(self._layout.axes(node))
+
+    def _total(self, terms: list[Tensor], axes: set[int]) -> Tensor | None:
+        result: Tensor | None = None
+        for term in terms:
+            result = add(result, self._layout.sum(term, axes))
+        return result
+
+    def _canonical_of(self, node: fx.Node, value: Tensor | None) -> Tensor | None:
+        return None if value is None else self._layout.canonical(node, widen(value))
+
+    def _finish(self, node: fx.Node, value: Tensor) -> Tensor:
+        value = value.to(wide(node.meta["val"].dtype))
+        shape = self._layout.shape(node)
+        value = value if _same(value.shape, shape) else value.expand(shape)
+        return self._layout.native(node, value)
+
+    def _value(self, node: fx.Node) -> Any:
+        """The canonical value of a node in or entering the region."""
+        if node not in self._known:
+            if node in self._members:
+                self._known[node] = self._compute(node, self._value)
+            else:
+                self._known[node] = self._layout.canonical(node, widen(self._values(node)))
+        return self._known[node]
+
+    def _compute(self, node: fx.Node, value: Callable[[fx.Node], Tensor]) -> Tensor:
+        if node.target in table.VIEWS:
+            return value(node.args[0])  # type: ignore[arg-type]
+        if node.target in table.IDENTITIES:
+            x = value(node.args[0])  # type: ignore[arg-type]
+            dtype = node.meta["val"].dtype
+            return x if dtype.is_floating_point and x.is_floating_point() else x.to(dtype)
+        if node.target in table.REDUCTIONS:
+            return self._reduce(node, value)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+
+    def _reduce(self, node: fx.Node, value: Callable[[fx.Node], Tensor]) -> Tensor:
+        source: Any = node.args[0]
+        over = self._over(node)
+        x = value(source)
+        if node.target in _PEAKS:
+            return _PEAKS[node.target](x, self._positions(over)) if over else x
+        integrand = self._integrand(node, x)
+        return integrand.sum(self._positions(over), keepdim=True) if over else integrand
+
+    def _over(self, node: fx.Node) -> list[int]:
+        source: Any = node.args[0]
+        dims, _ = reduction(node)
+        return [a for d in dims for a in self.region.dims[source][d]]
+
+    def _positions(self, axes: list[int]) -> list[int]:
+        return sorted(self._layout.position[a] for a in axes)
+
+    def _integrand(self, node: fx.Node, x: Tensor) -> Tensor:
+        """psi of a reduction whose operand is x: what is summed, over all its axes."""
+        source: Any = node.args[0]
+        shape = self._layout.shape(source)
+        over = self._over(node)
+        if node.target in _PEAKS and over:
+            # Autograd shares the derivative of a maximum evenly among ties; its second is zero.
+            full = self._value(source)
+            peak = _PEAKS[node.target](full, self._positions(over))
+            hit = (full == peak).to(full.dtype)
+            return x * (hit / hit.sum(self._positions(over), keepdim=True))
+        x = x if _same(x.shape, shape) else x.expand(shape)
+        if node.target in (aten.mean.default, aten.mean.dim) and over:
+            return x / math.prod([self._layout.sizes[a] for a in over])
+        return x
+
+    def _linearized(self, node: fx.Node, is_output: bool) -> Function:
+        """The function with its variables: inputs and earlier reductions, over its own axes."""
+        if (node, is_output) not in self._functions:
+            f = Function(node, is_output)
+            target: Any = node if is_output else node.args[0]
+            shape = self._layout.shape(target)
+            memo: dict[fx.Node, Tensor] = {}
+            with torch.enable_grad():
+                if is_output and node in self._reductions:
+                    f.value = self._variable(f, node, shape) * 1
+                else:
+                    f.value = self._substitute(f, target, shape, memo)
+                    f.value = f.value if is_output else self._integrand(node, f.value)
+                if not _same(f.value.shape, shape):
+                    f.value = f.value.expand(shape)
+            self._functions[node, is_output] = f
+        return self._functions[node, is_output]
+
+    def _substitute(self, f: Function, node: fx.Node, shape: Any, memo: dict) -> Tensor:
+        """Evaluate `node` with every input and reduction replaced by a variable of `f`."""
+        if node not in memo:
+            if node not in self._active:
+                memo[node] = self._value(node)
+            elif node not in self._members or node in self._reductions:
+                memo[node] = self._variable(f, node, shape)
+            else:
+                memo[node] = self._compute(node, lambda n: self._substitute(f, n, shape, memo))
+        return memo[node]
+
+    def _variable(self, f: Function, node: fx.Node, shape: Any) -> Tensor:
+        if node not in f.variables:
+            value = self._value(node)
+            value = value if _same(value.shape, shape) else value.expand(shape)
+            f.variables[node] = value.detach().requires_grad_()
+        return f.variables[node]
+
+    def _first(self, f: Function, u: fx.Node) -> Tensor | None:
+        if u not in f.first:
+            f.first[u] = _derivative(f.value, f.variables.get(u))
+        return f.first[u]
+
+    def _second(self, f: Function, u: fx.Node, v: fx.Node) -> Tensor | None:
+        if (u, v) not in f.second:
+            first = self._first(f, u)
+            f.second[u, v] = f.second[v, u] = _derivative(first, f.variables.get(v))
+        return f.second[u, v]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(
+        (isinstance(x, int) and isinstance(y, int) and x == y)
+        or (not isinstance(x, int) and not isinstance(y, int) and x.node.expr == y.node.expr)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """dy/dx where each element of y depends on one element of x."""
+    if y is None or x is None or not y.requires_grad:
+        return None
+    with torch.enable_grad():
+        (d,) = torch.autograd.grad(
+            y, x, torch.ones_like(y), create_graph=True, retain_graph=True, allow_unused=True
+        )
+    return or_none(d)
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether no derivative passes the node, whatever its operands."""
+    value = node.meta.get("val")
+    floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return node.target == aten.detach.default or (isinstance(value, Tensor) and not floating)
+
+
+_PEAKS: dict[Any, Callable[[Tensor, list[int]], Tensor]] = {
+    aten.amax.default: lambda x, dims: x.amax(dims, keepdim=True),
+    aten.max.default: lambda x, dims: x.amax(dims, keepdim=True),
+    aten.amin.default: lambda x, dims: x.amin(dims, keepdim=True),
+    aten.min.default: lambda x, dims: x.amin(dims, keepdim=True),
+}

@@ -1,0 +1,158 @@
+"""The table: which structure the Jacobian of an operator has.
+
+An operator is known if it is pointwise (PyTorch's own tag), a view, a reduction, has a definition
+in definitions.py, or stands here. All others are decomposed by PyTorch's formulas at capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscale_fx.structures import definitions
+from hesscale_fx.structures.base import Call, Structure, widen
+from hesscale_fx.structures.contraction import Contraction
+from hesscale_fx.structures.selection import (
+    ManyToOne,
+    ScaledSelection,
+    Selection,
+    Separable,
+)
+
+aten = torch.ops.aten
+
+
+def packets(*names: str) -> list[Any]:
+    """Every overload of the named ATen operators that this version of torch has."""
+    found = []
+    for name in names:
+        packet = getattr(aten, name, None)
+        if packet is not None:
+            found += [getattr(packet, o) for o in packet.overloads() if "out" not in o.split("_")]
+    return found
+
+
+SELECTION = packets(
+    # indexing
+    "slice", "select", "index", "index_select", "gather", "take", "take_along_dim", "narrow",
+    "slice_scatter", "select_scatter", "diagonal", "diagonal_scatter", "diag_embed", "triu",
+    "tril", "unfold", "as_strided", "masked_select", "masked_scatter", "scatter", "scatter_add",
+    "index_put", "_unsafe_index", "_unsafe_index_put", "index_copy", "index_fill", "put", "trace",
+    "unbind", "split", "split_with_sizes", "chunk", "_unsafe_masked_index",
+    "_unsafe_masked_index_put_accumulate", "embedding",
+    # rearranging
+    "cat", "stack", "constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d",
+    "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "repeat",
+    "repeat_interleave", "roll", "flip", "rot90", "im2col", "col2im", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+    # choosing
+    "sort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "fractional_max_pool2d", "fractional_max_pool3d", "max_unpool2d",
+    "max_unpool3d",
+    # adding
+    "cumsum",
+)  # fmt: skip
+# max.dim and min.dim choose; their full reductions share a gradient among ties and are no selection.
+SELECTION += [aten.max.dim, aten.min.dim]
+
+CONTRACTION = packets(
+    "mm", "bmm", "mv", "dot", "vdot", "linear", "convolution", "_trilinear", "prod", "cumprod",
+)  # fmt: skip
+
+MANY_TO_ONE = packets("nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d")
+
+
+def pool_scale(call: Call) -> Tensor:
+    """One over the divisor of each window: its average of ones over its number of entries."""
+    leaves = list(call.leaves)
+    (position,) = call.active
+    leaves[position] = torch.ones_like(widen(leaves[position]))
+    average = call.run(leaves)[0]
+    args = list(torch.utils._pytree.tree_unflatten(leaves, call.spec)[0])
+    args += [[], 0, False, True, None][len(args) - 2 :] if len(args) < 7 else []
+    args[6] = 1
+    return average / call.op(*args)
+
+
+SCALED = {op: ScaledSelection(pool_scale) for op in packets("avg_pool2d", "avg_pool3d")}
+SEPARABLE = {
+    **{op: Separable(1) for op in packets("upsample_linear1d")},
+    **{
+        op: Separable(2)
+        for op in packets(
+            "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
+            "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+        )
+    },
+    **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
+}  # fmt: skip
+
+TABLE: dict[Any, Structure] = {
+    **{op: Selection() for op in SELECTION},
+    **{op: Contraction() for op in CONTRACTION},
+    **{op: ManyToOne() for op in MANY_TO_ONE},
+    **SCALED,
+    **SEPARABLE,
+}
+
+# Bijections of elements and broadcasts: regions see through them.
+VIEWS = set(
+    packets(
+        "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze",
+        "expand", "flatten", "unflatten", "_reshape_alias", "movedim", "expand_as", "view_as",
+    )
+)  # fmt: skip
+# Identities in value: they change memory or dtype only.
+IDENTITIES = set(
+    packets("clone", "contiguous", "_to_copy", "to", "alias", "lift_fresh_copy", "type_as")
+)
+REDUCTIONS = {
+    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default,
+    aten.amin.default, aten.max.default, aten.min.default,
+}  # fmt: skip
+# Pointwise in fact, though without the tag.
+POINTWISE = set(packets("masked_fill", "where", "rsub", "dropout", "native_dropout"))
+
+# Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
+LINEAR_POINTWISE = {
+    op for op in packets("add", "sub", "neg", "rsub", "where", "masked_fill", "positive")
+}
+PRODUCTS = set(packets("mul", "div"))  # linear if only the first operand is differentiated
+
+
+def is_pointwise(op: Any) -> bool:
+    if op in IDENTITIES or op in POINTWISE:
+        return True
+    return torch.Tag.pointwise in getattr(op, "tags", ()) and op not in TABLE
+
+
+def definition_of(op: Any) -> Callable | None:
+    return definitions.DEFINITIONS.get(op)
+
+
+def definitions_for_capture() -> dict[Any, Callable]:
+    return dict(definitions.AT_CAPTURE)
+
+
+def is_region(op: Any) -> bool:
+    """Whether the operator may be part of a region (design: pointwise, reductions, views)."""
+    return op in VIEWS or op in REDUCTIONS or is_pointwise(op)
+
+
+def structure_of(op: Any) -> Structure | None:
+    """The structure of an operator that is a unit of its own, or None."""
+    return TABLE.get(op)
+
+
+def is_known(op: Any) -> bool:
+    return op in TABLE or definition_of(op) is not None or is_region(op)
+
+
+def register(op: Any, structure: Structure) -> None:
+    TABLE[op] = structure
