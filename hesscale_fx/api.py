@@ -43,7 +43,7 @@ def transform(
     dynamic: bool = True,
 ) -> HesScaleModule:
     builder = Builder(model, loss, method, wrt, dynamic)
-    hs = HesScaleModule(builder.model, builder.prefix, builder, lazy=example_inputs is None)
+    hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
     if example_inputs is not None:
         hs._capture(tuple(example_inputs), dict(example_kwargs or {}))
     elif example_kwargs is not None:
@@ -214,7 +214,8 @@ def check_supported(partition: Partition, source: dict[fx.Node, fx.Node]) -> Non
     from hesscale_fx.structures import structure_of
 
     unknown = [
-        u.call for u in partition.units if u.region is None and structure_of(u.call.target) is None
+        u.call for u in partition.units if u.region is None
+        and structure_of(u.call.target, u.call.args, u.call.kwargs) is None
     ]
     if not unknown:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,16 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.boundary import output
-from hesscale_fx.errors import CaptureError, InvalidArgumentError, InvalidModelError
+from hesscale_fx.errors import (
+    CaptureError,
+    HesScaleError,
+    InvalidArgumentError,
+    InvalidModelError,
+)
 
 aten = torch.ops.aten
 
@@ -60,10 +67,14 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss if isinstance(loss, nn.Module) else None
-        self.loss_fn = loss
+        self._function = loss if self.loss is None else None
         self.targets = count_targets(loss) if loss is not None else 0
         self.spec: pytree.TreeSpec | None = None
         self.static: list[Any] = []
+
+    @property
+    def loss_fn(self) -> Callable | None:
+        return self._function if self.loss is None else self.loss
 
     def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Remember the structure of the arguments; return their tensors."""
@@ -188,6 +199,16 @@ def as_module(model: Any) -> tuple[nn.Module, str]:
     )
 
 
+# They log whole tracebacks of attempts that fail; the failure that counts is raised.
+NOISY = (
+    "_subclasses.fake_tensor",
+    "fx.experimental.symbolic_shapes",
+    "export._draft_export",
+    "export._trace",
+    "_export.non_strict_utils",
+)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """torch.export warns about its own internals; the user can do nothing about those."""
@@ -197,7 +218,15 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="The tensor attributes? self\\.")
         warnings.filterwarnings("ignore", message=".*_flat_weights.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        yield
+        silent = [logging.getLogger(f"torch.{name}") for name in NOISY]
+        levels = [log.level for log in silent]
+        for log in silent:
+            log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for log, level in zip(silent, levels, strict=True):
+                log.setLevel(level)
 
 
 def capture(step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
@@ -234,12 +263,16 @@ def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
     """torch.export with the leading dimensions free (where the model allows) or all fixed."""
     auto = torch.export.Dim.AUTO
     shapes = tuple({0: auto} if t.dim() else None for t in tensors) if dynamic else None
+    options = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
     try:
         with quiet(), torch.enable_grad(), no_autocast():
-            return torch.export.export(
-                step, tuple(tensors), dynamic_shapes=(shapes,) if shapes else None, strict=False
-            )
-    except InvalidArgumentError:
+            try:
+                return torch.export.export(step, tuple(tensors), **options)
+            except GuardOnDataDependentSymNode:
+                # Control flow reads a tensor. Take the branch that the example takes, and keep
+                # an assertion in the graph that later calls take it too.
+                return torch.export.draft_export(step, tuple(tensors), **options)
+    except HesScaleError:
         raise
     except Exception as error:
         raise CaptureError(explain(error, step)) from error
@@ -348,6 +381,7 @@ def from_program(program: Any, step: Step | None, names: list[str] | None) -> Ca
             leaves.append(Leaf(node, "constant", spec.target, values[spec.target]))
         else:
             raise CaptureError(f"The captured program has an input of kind {kind}: {spec.target}.")
+    leaves = unify_tied(leaves, step, graph)
     output_node = graph.find_nodes(op="output")[0]
     loss, mutations = read_outputs(output_node, signature)
     check_loss(loss, step)
@@ -370,6 +404,24 @@ def from_program(program: Any, step: Step | None, names: list[str] | None) -> Ca
             for s in leaf.node.meta["val"].shape
         ),
     )
+
+
+def unify_tied(leaves: list[Leaf], step: Step | None, graph: fx.Graph) -> list[Leaf]:
+    """Export lists a tied parameter under each of its names; keep the first."""
+    if step is None:
+        return leaves
+    tensors = dict(step.named_parameters(remove_duplicate=False))
+    first: dict[int, Leaf] = {}
+    kept = []
+    for leaf in leaves:
+        if leaf.kind == "parameter":
+            known = first.setdefault(id(tensors[leaf.name]), leaf)
+            if known is not leaf:
+                leaf.node.replace_all_uses_with(known.node)
+                graph.erase_node(leaf.node)
+                continue
+        kept.append(leaf)
+    return kept
 
 
 def names_of_tensors(step: Step | None, names: list[str]) -> list[str]:
@@ -434,7 +486,6 @@ def check_loss(loss: fx.Node, step: Step | None) -> None:
 
 CHECKS = {
     aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }

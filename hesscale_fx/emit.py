@@ -117,11 +117,16 @@ class Emission:
                 self._attributes.append(proxy.node)
             return self._tracer.track(node.meta["val"], proxy)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        value = node.meta.get("val")
+        if not isinstance(value, (Tensor, tuple, list)):  # sizes, scalars and checks of them
+            self._tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
+            return value
         return node.target(*args, **kwargs)  # type: ignore[operator, misc]
 
     def _value(self, node: fx.Node) -> Any:
         """The value of a primitive node."""
         source = self._captured_of.get(node)
+        source = self._primitives.whole.get(node, source) if source is None else source
         if source is not None:
             return self._values[source]
         if node not in self._inner:
@@ -135,7 +140,7 @@ class Emission:
         if unit.region is not None:
             return RegionAt(unit.region, self._value, self._runner(unit))
         call = unit.call
-        structure = structures.structure_of(call.target)
+        structure = structures.structure_of(call.target, call.args, call.kwargs)
         assert structure is not None
         leaves, spec = pytree.tree_flatten((tuple(call.args), dict(call.kwargs)))
         wanted = {n for n, _ in unit.inputs}

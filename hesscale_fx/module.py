@@ -216,13 +216,13 @@ class HesScaleModule(fx.GraphModule):
     def __init__(
         self,
         model: nn.Module,
-        prefix: str,
+        loss: nn.Module | None,
         build: Callable[[tuple, Mapping[str, Any]], Program],
         lazy: bool,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), "HesScaleModule")
         object.__setattr__(self, "_model", model)
-        self._prefix = prefix
+        object.__setattr__(self, "_loss_module", loss)
         self._build = build
         self._lazy = lazy
         self._programs: OrderedDict[int, Program] = OrderedDict()
@@ -233,6 +233,8 @@ class HesScaleModule(fx.GraphModule):
         """Share the model's own parameters, buffers and submodules."""
         model = self._model
         self._modules = dict(model._modules)
+        if self._loss_module is not None:
+            self._modules["loss"] = self._loss_module
         self._parameters = dict(model._parameters)
         self._buffers = dict(model._buffers)
         self._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
@@ -380,10 +382,8 @@ class HesScaleModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict) -> HesScaleModule:
         build = copy.deepcopy(self._build, memo)
-        return self._with(copy.deepcopy(self._model, memo), build)
-
-    def _with(self, model: nn.Module, build: Callable) -> HesScaleModule:
-        other = HesScaleModule(model, self._prefix, build, self._lazy)
+        model, loss = copy.deepcopy((self._model, self._loss_module), memo)
+        other = HesScaleModule(model, loss, build, self._lazy)
         for program in self._programs.values():
             twin = copy.deepcopy(program)
             other._programs[id(twin)] = twin

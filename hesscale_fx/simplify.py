@@ -90,6 +90,8 @@ class Constants:
             return isinstance(fill, (int, float)) and fill == 1
         if target is aten.mul.Tensor:
             return self.is_one(args[0]) and self.is_one(args[1])
+        if target is aten.pow.Tensor_Scalar:
+            return self.is_zero(args[1])
         return target in KEEP_ONE and self.is_one(args[0])
 
 
@@ -110,6 +112,10 @@ def same_type(a: fx.Node, b: fx.Node) -> bool:
 
 def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
     """Fold and merge; forward nodes may serve for generated ones, never the other way round."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            # Strides at run time need not be those that the tracer saw.
+            node.target = aten.reshape.default
     constants = Constants()
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -147,11 +153,13 @@ def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
     elif target in (aten.sub.Tensor, aten.div.Tensor, aten.div.Scalar):
         unit = constants.is_zero if target is aten.sub.Tensor else constants.is_one
         candidate = first if unit(second) and not node.kwargs else None
-    elif target in (aten.view.default, aten.expand.default, aten.sum.dim_IntList, aten.clone.default,
+    elif target in (aten.reshape.default, aten.expand.default, aten.sum.dim_IntList, aten.clone.default,
                     aten._to_copy.default):
         candidate = first if same_layout(node, first) else None
-    elif target is aten.neg.default and first.target is aten.neg.default:
+    elif target in (aten.neg.default, aten.t.default) and first.target is target:
         candidate = first.args[0]
+    elif target is aten.pow.Tensor_Scalar and second == 1:
+        candidate = first
     if isinstance(candidate, fx.Node) and same_type(candidate, node):
         return candidate
     return None

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
+    decompose,
     get_proxy_slot,
     track_tensor_tree,
 )
@@ -38,7 +39,8 @@ class Tracer:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Every ATen call inside becomes a node; nothing is computed."""
-        with self._fake_mode, self._mode, torch.no_grad():
+        table = {torch.ops.aten.constant_pad_nd.default: crop_or_pad}
+        with self._fake_mode, self._mode, decompose(table), torch.no_grad():
             yield
 
     def create(self, op: str, target: Any, args: tuple = (), kwargs: Any = None) -> fx.Proxy:
@@ -70,3 +72,13 @@ class Tracer:
             slot = get_proxy_slot(value, self._tracer, None)
             return value if slot is None else slot.force()
         return value
+
+
+def crop_or_pad(x: torch.Tensor, pad: list[int], value: float = 0) -> torch.Tensor:
+    """Autograd's formula of padding crops by negative padding, which symbolic sizes do not take."""
+    if not all(isinstance(p, int) and p <= 0 for p in pad):
+        return NotImplemented
+    for i in range(0, len(pad), 2):
+        dim = x.dim() - 1 - i // 2
+        x = torch.ops.aten.slice.Tensor(x, dim, -pad[i], x.shape[dim] + pad[i + 1]) if pad[i] or pad[i + 1] else x
+    return x

@@ -26,6 +26,7 @@ class Primitives:
     of: dict[fx.Node, fx.Node]
     source: dict[fx.Node, fx.Node]
     defined: set[fx.Node]  # captured nodes that were written out
+    whole: dict[fx.Node, fx.Node]  # nodes that repeat a captured multi-output call as it is
 
 
 def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:
@@ -34,12 +35,13 @@ def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:
     values: dict[fx.Node, Any] = {}
     source: dict[fx.Node, fx.Node] = {}
     defined: set[fx.Node] = set()
+    whole: dict[fx.Node, fx.Node] = {}
     with tracer.recording():
         for node in graph.nodes:
             if node.op == "output":
                 continue
             before = len(tracer.graph.nodes)
-            values[node] = _write(node, tracer, values, defined)
+            values[node] = _write(node, tracer, values, defined, whole)
             for new in list(tracer.graph.nodes)[before:] if before else tracer.graph.nodes:
                 source[new] = node
                 new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
@@ -48,10 +50,12 @@ def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:
         for node, value in values.items()
         if isinstance(value, torch.Tensor) and tracer.has(value)
     }
-    return Primitives(tracer.graph, of, source, defined)
+    return Primitives(tracer.graph, of, source, defined, whole)
 
 
-def _write(node: fx.Node, tracer: Tracer, values: dict[fx.Node, Any], defined: set) -> Any:
+def _write(
+    node: fx.Node, tracer: Tracer, values: dict[fx.Node, Any], defined: set, whole: dict
+) -> Any:
     if node.op != "call_function":
         proxy = tracer.create(node.op, node.target, node.args)
         proxy.node.meta["val"] = node.meta["val"]
@@ -60,12 +64,14 @@ def _write(node: fx.Node, tracer: Tracer, values: dict[fx.Node, Any], defined: s
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):  # type: ignore[arg-type]
         return args[0][args[1]]  # type: ignore[index]
     definition = structures.definition_of(node.target)
-    value = node.meta["val"]
+    value = node.meta.get("val")
+    if definition is None or not is_floating(node) or isinstance(value, (tuple, list)):
+        made = tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
+        if isinstance(value, (tuple, list)):
+            whole[made] = node
     if definition is None or not is_floating(node):
-        tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
         return value
     if isinstance(value, (tuple, list)):
-        tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
         if node.target in definitions.READS_OUTPUTS:
             kwargs = {**kwargs, "saved": value}  # type: ignore[dict-item]
     defined.add(node)
@@ -76,6 +82,6 @@ def _write(node: fx.Node, tracer: Tracer, values: dict[fx.Node, Any], defined: s
 
 
 def is_floating(node: fx.Node) -> bool:
-    value = node.meta["val"]
+    value = node.meta.get("val")
     first = value[0] if isinstance(value, (tuple, list)) else value
     return isinstance(first, torch.Tensor) and first.is_floating_point()

@@ -56,7 +56,7 @@ class Unit:
     def structure(self) -> str:
         if self.region is not None:
             return self.region.name
-        found = structures.structure_of(self.call.target)
+        found = structures.structure_of(self.call.target, self.call.args, self.call.kwargs)
         return found.name if found is not None else "unknown"
 
 
@@ -128,7 +128,7 @@ class Partition:
             return len(operands) == 1 and node.args[0] is operands[0] or (
                 len(operands) == 1 and "mul" in str(node.target)
             )
-        structure = structures.structure_of(node.target)
+        structure = structures.structure_of(node.target, node.args, node.kwargs)
         if structure is None:
             return False
         return structure.linear or (structure.name == "contraction" and len(operands) == 1)
@@ -271,7 +271,7 @@ class Partition:
             for members in Reconvergence(component, self._active).groups():
                 self._try(groups, members)
             self._join_coupled(component, groups)
-        return groups.sets()
+        return groups.sets(topological=True)
 
     def _try(self, groups: Groups, members: Iterable[fx.Node]) -> bool:
         """Make one unit of the groups of `members` if there is a rule for it."""
@@ -366,7 +366,8 @@ class Partition:
         widest = max(dims.values(), key=lambda v: len(sum(v, [])))
         order = list(dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))]))
         outputs = [n for n in nodes if not any(u in members for u in self._users[n])]
-        return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())))
+        sizes = {a: int(axes.size(a)) for a in order if axes.size(a).is_Integer}
+        return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

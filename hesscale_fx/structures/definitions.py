@@ -281,6 +281,29 @@ def native_dropout(x: Tensor, p: float, train: bool | None = True, *, saved: Any
     return x * (saved[1].to(x.dtype) * scale), None
 
 
+@defines(aten.rrelu_with_noise_functional.default, reads_outputs=True)
+def rrelu(
+    x: Tensor,
+    noise: Tensor,
+    lower: Any = 1 / 8,
+    upper: Any = 1 / 3,
+    training: bool = False,
+    *,
+    saved: Any = None,
+) -> Any:
+    """The slopes are drawn by the operator itself."""
+    if not training:
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2), None
+    return x * saved[1], None
+
+
+@defines(aten.hardsigmoid.default)
+def hardsigmoid(x: Tensor) -> Tensor:
+    """Autograd cannot differentiate its backward; at the kinks the derivative is zero."""
+    ramp = x * (1 / 6) + 0.5
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, ramp)).to(x.dtype)
+
+
 # --- replaced at capture ------------------------------------------------------------------------
 
 
@@ -327,6 +350,25 @@ def safe_softmax(scores: Tensor) -> Tensor:
 @defines(aten._safe_softmax.default, at_capture=True)
 def _safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return safe_softmax(cast(x, dtype).movedim(dim, -1)).movedim(-1, dim)
+
+
+@defines(aten.rrelu.default, at_capture=True)
+def rrelu_composite(
+    x: Tensor,
+    lower: Any = 1 / 8,
+    upper: Any = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Tensor:
+    if not training:
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+    noise = torch.empty_like(x)
+    return aten.rrelu_with_noise_functional(x, noise, lower, upper, training)[0]
+
+
+@defines(aten.copy.default, at_capture=True)
+def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape)
 
 
 def scaled_sum(beta: Any, a: Tensor, alpha: Any, b: Tensor) -> Tensor:
@@ -385,6 +427,7 @@ def embedding_bag(
         out = rows.new_zeros(starts.shape[0], weight.shape[1])
         index = bag.unsqueeze(1).expand_as(rows)
         out = out.scatter_reduce(0, index, low, "amax", include_self=False)
+        out = out.masked_fill(out == float("-inf"), 0.0)
     else:
         if per_sample_weights is not None:
             rows = rows * per_sample_weights.unsqueeze(1)

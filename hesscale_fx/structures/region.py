@@ -48,6 +48,7 @@ class Region:
     dims: dict[fx.Node, list[list[int]]]  # of every tensor in or entering the region
     order: list[int]  # all atomic axes
     row: set[int]  # the axes that the reductions sum over
+    sizes: dict[int, int]  # of the axes whose size is a constant
 
     name: str = field(default="", init=False)
 
@@ -78,13 +79,28 @@ class Layout:
     def __init__(self, region: Region, values: Callable[[fx.Node], Tensor]) -> None:
         self.region = region
         self.position = {axis: i for i, axis in enumerate(region.order)}
-        self.sizes: dict[int, Any] = {}
-        for node, dims in region.dims.items():
-            shape = (values(node) if node not in set(region.nodes) else node.meta["val"]).shape
-            for dim, size in zip(dims, shape, strict=True):
-                if len(dim) == 1 and not isinstance(self.sizes.get(dim[0]), int):
-                    if node not in set(region.nodes) or dim[0] not in self.sizes:
-                        self.sizes[dim[0]] = size
+        self.sizes: dict[int, Any] = dict(region.sizes)
+        members = set(region.nodes)
+        dims = [
+            (dim, size)
+            for node, node_dims in region.dims.items()
+            for dim, size in zip(
+                node_dims,
+                (node.meta["val"] if node in members else values(node)).shape,
+                strict=True,
+            )
+        ]
+        missing = set(region.order) - set(self.sizes)
+        while missing:  # a symbolic size: a whole dimension, or what is left of one
+            for dim, size in dims:
+                unknown = [a for a in dim if a in missing]
+                if len(unknown) == 1:
+                    rest = math.prod(self.sizes[a] for a in dim if a not in missing)
+                    self.sizes[unknown[0]] = size if rest == 1 else size // rest
+                    missing.discard(unknown[0])
+                    break
+            else:
+                raise AssertionError("an axis of unknown size")
 
     def axes(self, node: fx.Node) -> list[int]:
         return [a for d in self.region.dims[node] for a in d]
@@ -294,7 +310,9 @@ class RegionAt:
     def _value(self, node: fx.Node) -> Any:
         """The canonical value of a node in or entering the region."""
         if node not in self._known:
-            if node in self._members:
+            if not isinstance(node.meta["val"], Tensor):  # a size
+                self._known[node] = self._values(node)
+            elif node in self._members:
                 self._known[node] = self._compute(node, self._value)
             else:
                 self._known[node] = self._layout.canonical(node, widen(self._values(node)))
@@ -414,9 +432,12 @@ def _derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
 
 def is_constant(node: fx.Node) -> bool:
     """Whether no derivative passes the node, whatever its operands."""
+    if node.target in table.CONSTANT:
+        return True
     value = node.meta.get("val")
-    floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-    return node.target == aten.detach.default or (isinstance(value, Tensor) and not floating)
+    if isinstance(value, (tuple, list)):
+        return False
+    return not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex())
 
 
 _PEAKS: dict[Any, Callable[[Tensor, list[int]], Tensor]] = {

@@ -43,6 +43,7 @@ class ManyToOne:
     Then a column of J has one entry a, and ``(J o J)^T s = a * (a s) = J^T 1 * J^T s``.
     """
 
+    accepts: Callable[[tuple, dict], bool] | None = None
     name: str = "scaled selection"
     linear: bool = True
 

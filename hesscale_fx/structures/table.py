@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_fx.structures import definitions
+from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.contraction import Contraction
 from hesscale_fx.structures.selection import (
@@ -44,7 +44,7 @@ SELECTION = packets(
     "unbind", "split", "split_with_sizes", "chunk", "_unsafe_masked_index",
     "_unsafe_masked_index_put_accumulate", "embedding",
     # rearranging
-    "cat", "stack", "constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d",
+    "cat", "stack", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d",
     "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "repeat",
     "repeat_interleave", "roll", "flip", "rot90", "im2col", "col2im", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "upsample_nearest1d", "upsample_nearest2d",
@@ -65,7 +65,9 @@ CONTRACTION = packets(
     "mm", "bmm", "mv", "dot", "vdot", "linear", "convolution", "_trilinear", "prod", "cumprod",
 )  # fmt: skip
 
-MANY_TO_ONE = packets("nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d")
+MANY_TO_ONE = packets("nll_loss_forward", "nll_loss2d_forward")
+# With ties a maximum shares its derivative, so these are no selections.
+TIES = packets("scatter_reduce")
 
 
 def pool_scale(call: Call) -> Tensor:
@@ -78,6 +80,10 @@ def pool_scale(call: Call) -> Tensor:
     args += [[], 0, False, True, None][len(args) - 2 :] if len(args) < 7 else []
     args[6] = 1
     return average / call.op(*args)
+
+
+def reduces_linearly(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return (args[4] if len(args) > 4 else kwargs["reduce"]) in ("sum", "mean", "amax", "amin")
 
 
 SCALED = {op: ScaledSelection(pool_scale) for op in packets("avg_pool2d", "avg_pool3d")}
@@ -97,6 +103,7 @@ TABLE: dict[Any, Structure] = {
     **{op: Selection() for op in SELECTION},
     **{op: Contraction() for op in CONTRACTION},
     **{op: ManyToOne() for op in MANY_TO_ONE},
+    **{op: ManyToOne(accepts=reduces_linearly) for op in TIES},
     **SCALED,
     **SEPARABLE,
 }
@@ -117,7 +124,7 @@ REDUCTIONS = {
     aten.amin.default, aten.max.default, aten.min.default,
 }  # fmt: skip
 # Pointwise in fact, though without the tag.
-POINTWISE = set(packets("masked_fill", "where", "rsub", "dropout", "native_dropout"))
+POINTWISE = set(packets("masked_fill", "where", "rsub"))
 
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
 LINEAR_POINTWISE = {
@@ -126,7 +133,19 @@ LINEAR_POINTWISE = {
 PRODUCTS = set(packets("mul", "div"))  # linear if only the first operand is differentiated
 
 
+# What they return does not depend on the values of their operands.
+CONSTANT = set(
+    packets(
+        "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+        "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "bernoulli", "multinomial",
+        "sym_size", "item", "_local_scalar_dense",
+    )
+)  # fmt: skip
+
+
 def is_pointwise(op: Any) -> bool:
+    if op in CONSTANT:
+        return False
     if op in IDENTITIES or op in POINTWISE:
         return True
     return torch.Tag.pointwise in getattr(op, "tags", ()) and op not in TABLE
@@ -145,13 +164,15 @@ def is_region(op: Any) -> bool:
     return op in VIEWS or op in REDUCTIONS or is_pointwise(op)
 
 
-def structure_of(op: Any) -> Structure | None:
-    """The structure of an operator that is a unit of its own, or None."""
-    return TABLE.get(op)
+def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | None:
+    """The structure of a call of an operator that is a unit of its own, or None."""
+    structure = TABLE.get(op)
+    accepts = getattr(structure, "accepts", None)
+    return structure if accepts is None or accepts(args, kwargs or {}) else None
 
 
 def is_known(op: Any) -> bool:
-    return op in TABLE or definition_of(op) is not None or is_region(op)
+    return op in TABLE or definition_of(op) is not None or is_region(op) or op in CONSTANT
 
 
 def register(op: Any, structure: Structure) -> None:
