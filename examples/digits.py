@@ -134,7 +134,7 @@ def time_table(net: nn.Module, hs: nn.Module, loss_fn: nn.Module, x: Tensor, y: 
         "gradient, compiled": lambda: torch.autograd.grad(loss_fn(fast_net(x), y), params),
         "gradient and Hessian diagonal, compiled": lambda: fast_hs(x, y),
     }
-    table = Table("step", title=f"Time of one step on {len(x)} images, median of 30")
+    table = Table("step", title=f"Time of one step on {len(x)} images, median of 100")
     table.add_column("ms", justify="right")
     table.add_column("ratio", justify="right")
     try:
@@ -145,7 +145,7 @@ def time_table(net: nn.Module, hs: nn.Module, loss_fn: nn.Module, x: Tensor, y: 
         table.caption = f"torch.compile failed here: {str(why).splitlines()[0]}"
 
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(30):  # they take turns, so that all see the same machine
+    for _ in range(100):  # they take turns, so that all see the same machine
         for name, step in steps.items():
             start = time.perf_counter()
             step()
