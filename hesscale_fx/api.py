@@ -69,6 +69,7 @@ class Builder:
         self.wrt = wrt
         self.dynamic = dynamic
         self.step = Step(self.model, loss)
+        self._built = 0
         self.names = self._parameter_names()
         self._selected()  # complain about `wrt` now, not at the first call
 
@@ -155,8 +156,7 @@ class Builder:
         check_supported(partition, primitives.source)
         emission = Emission(captured, primitives, partition.units, inside, self.method, fake_mode)
         graph = emission.run(outputs)
-        constants = {l.name: l.value for l in captured.leaves if l.kind == "constant"}
-        self._rename_attributes(graph)
+        constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,
             signature=signature_of(captured, fake_mode),
@@ -181,10 +181,19 @@ class Builder:
                     outputs[leaf.name] = leaf
         return outputs
 
-    def _rename_attributes(self, graph: fx.Graph) -> None:
+    def _name_attributes(self, graph: fx.Graph, captured: Captured) -> dict[str, torch.Tensor]:
+        """Let the graph's attributes have the names they have in the module; give the constants."""
+        constants = {}
+        for leaf in captured.leaves:
+            if leaf.kind == "constant" and leaf.value is not None:
+                constants[leaf.name] = leaf.value
+        suffix = f"_of_{self._built}" if self._built else ""  # each graph has its own
         for node in graph.nodes:
             if node.op == "get_attr":
-                node.target = str(node.target).removeprefix("model.")
+                name = str(node.target)
+                node.target = name + suffix if name in constants else name.removeprefix("model.")
+        self._built += 1
+        return {name + suffix: value for name, value in constants.items()}
 
 
 def matches(name: str, pattern: str) -> bool:

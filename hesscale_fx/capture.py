@@ -378,10 +378,13 @@ def from_program(program: Any, step: Step | None, names: list[str] | None) -> Ca
         elif kind == "BUFFER":
             leaves.append(Leaf(node, "buffer", spec.target))
         elif kind == "CONSTANT_TENSOR":
-            leaves.append(Leaf(node, "constant", spec.target, values[spec.target]))
+            number = sum(leaf.kind == "constant" for leaf in leaves)
+            leaves.append(Leaf(node, "constant", f"_constant_{number}", values[spec.target]))
         else:
             raise CaptureError(f"The captured program has an input of kind {kind}: {spec.target}.")
     leaves = unify_tied(leaves, step, graph)
+    for leaf in leaves:
+        leaf.node.meta["hesscale_name"] = leaf.name.removeprefix("model.").lstrip("_")
     output_node = graph.find_nodes(op="output")[0]
     loss, mutations = read_outputs(output_node, signature)
     check_loss(loss, step)

@@ -299,6 +299,9 @@ def rename(graph: fx.Graph, origin: dict[fx.Node, Origin], forward: dict[fx.Node
     results: dict[str, fx.Node] = {}
     for node in graph.nodes:
         found = origin.get(node)
+        if node.op == "get_attr" and found is not None:
+            wanted[node] = source_name(found.source)
+            results[wanted[node]] = node
         if found is None or node.op != "call_function":
             continue
         if found.role == "forward":

@@ -73,7 +73,8 @@ def _write(
         return value
     if isinstance(value, (tuple, list)):
         if node.target in definitions.READS_OUTPUTS:
-            kwargs = {**kwargs, "saved": value}  # type: ignore[dict-item]
+            saved = [v.detach() if isinstance(v, torch.Tensor) else v for v in value]
+            kwargs = {**kwargs, "saved": saved}  # type: ignore[dict-item]
     defined.add(node)
     out = definition(*args, **kwargs)
     if not isinstance(value, (tuple, list)):

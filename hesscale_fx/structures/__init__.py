@@ -8,7 +8,6 @@ from hesscale_fx.structures.table import (
     definition_of,
     definitions_for_capture,
     is_known,
-    register,
     structure_of,
 )
 
@@ -19,6 +18,5 @@ __all__ = [
     "definition_of",
     "definitions_for_capture",
     "is_known",
-    "register",
     "structure_of",
 ]

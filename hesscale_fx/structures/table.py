@@ -175,5 +175,8 @@ def is_known(op: Any) -> bool:
     return op in TABLE or definition_of(op) is not None or is_region(op) or op in CONSTANT
 
 
-def register(op: Any, structure: Structure) -> None:
-    TABLE[op] = structure
+NAMED: dict[str, Structure] = {
+    "selection": Selection(),
+    "scaled selection": ManyToOne(),
+    "contraction": Contraction(),
+}
