@@ -96,10 +96,9 @@ def exact_diagonal(net: nn.Module, loss_fn: nn.Module, x: Tensor, y: Tensor) -> 
         values = {name: part.view_as(p) for (name, p), part in parts}
         return loss_fn(torch.func.functional_call(net, values, (x,)), y)
 
-    def entry(unit: Tensor) -> Tensor:
-        return torch.func.jvp(torch.func.grad(loss), (flat,), (unit,))[1] @ unit
-
-    diagonal = torch.func.vmap(entry, chunk_size=64)(torch.eye(len(flat)))
+    _, product = torch.func.vjp(torch.func.grad(loss), flat)  # H is symmetric: u^T H = H u
+    entry = torch.func.vmap(lambda unit: product(unit)[0] @ unit, chunk_size=32)
+    diagonal = entry(torch.eye(len(flat)))
     parts = zip(params.items(), diagonal.split(sizes), strict=True)
     return {name: part.view_as(p) for (name, p), part in parts}
 
