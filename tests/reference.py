@@ -388,42 +388,134 @@ def _op_name(node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _row_key(graph: _Graph, node) -> tuple[int, int] | None:
-    """(rows, entries of a row) along which a node reduces; None for a pointwise one."""
+def _is_global_mean(graph, node) -> bool:
+    """adaptive average pooling to size one: ``x.mean((-2, -1))`` under another name."""
     name = _op_name(node)
-    values = [graph.env[a] for a in node.all_input_nodes]
+    return name.startswith("adaptive_avg_pool") and all(
+        d == 1 for d in graph.env[node].shape[-int(name[-2]) :]
+    )
+
+
+def _reduced_dims(graph: _Graph, node) -> set[int]:
+    """The dimensions of the first operand that a node reduces along; none if pointwise."""
+    name = _op_name(node)
     x = graph.env[node.args[0]] if node.args and isinstance(node.args[0], torch.fx.Node) else None
-    if x is None or not isinstance(x, torch.Tensor) or x.numel() == 0:
-        return None
-    y = graph.env[node]
-    y = next(t for t in y if t is not None) if isinstance(y, (tuple, list)) else y
-
-    def key(length):
-        return (x.numel() // length, length) if length > 1 else None
-
+    if not isinstance(x, torch.Tensor) or x.ndim == 0:
+        return set()
+    everything = set(range(x.ndim))
     if name in ("softmax", "_softmax", "log_softmax", "_log_softmax"):
-        return key(x.shape[node.args[1]] if x.ndim else 1)
+        return {node.args[1] % x.ndim}
     if name == "cross_entropy_loss":
-        return key(x.shape[1 if x.ndim > 1 else 0])
+        return {1 if x.ndim > 1 else 0}
     if name in ("layer_norm", "rms_norm"):
-        return key(math.prod(node.args[1]))
+        return set(range(x.ndim - len(node.args[1]), x.ndim))
     if name == "group_norm":
-        return key(x.numel() // (x.shape[0] * node.args[1]))
+        return everything - {0}
     if name == "instance_norm":
-        return key(x.numel() // (x.shape[0] * x.shape[1]))
-    if name.startswith(("_native_batch_norm_legit", "batch_norm")):
-        training = "no_training" not in name and not (
-            name == "_native_batch_norm_legit_functional" and not node.args[5]
-        )
-        return key(x.numel() // x.shape[1]) if training else None
+        return everything - {0, 1}
+    if name.startswith("_native_batch_norm_legit"):
+        fixed = "no_training" in name or (name.endswith("functional") and not node.args[5])
+        return set() if fixed else everything - {1}
     if name == "_weight_norm":
-        dim = node.args[2] if len(node.args) > 2 else 0
-        return key(x.numel() if dim == -1 else x.numel() // x.shape[dim])
-    if name in _REDUCTIONS or (name in ("max", "min", "median") and len(node.args) < 3):
-        biggest = max(v.numel() for v in values if isinstance(v, torch.Tensor))
-        length = biggest // max(y.numel(), 1)
-        return (y.numel(), length) if length > 1 else None
-    return None
+        return everything - {node.args[2] if len(node.args) > 2 else 0}
+    if _is_global_mean(graph, node):
+        return set(range(x.ndim - int(name[-2]), x.ndim))
+    if name in ("max", "min", "median") and len(node.all_input_nodes) > 1:
+        return set()
+    if name in _REDUCTIONS or name in ("max", "min", "median"):
+        y = graph.env[node]
+        y = y[0] if isinstance(y, (tuple, list)) else y
+        if name == "cosine_similarity":
+            return {(node.args[2] if len(node.args) > 2 else 1) % x.ndim}
+        if y.numel() == 1 and x.numel() > 1:
+            return everything
+        if y.numel() == x.numel():
+            return set()
+        at = {"linalg_vector_norm": 2, "norm": 2}.get(name, 1)
+        dims = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        return {d % x.ndim for d in dims} if dims else everything
+    return set()
+
+
+def _shape(value):
+    value = next((v for v in value if v is not None), None) if isinstance(value, (tuple, list)) else value
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+_VIEWS = {
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
+    "squeeze", "unsqueeze", "expand", "select", "slice", "split", "split_with_sizes", "chunk",
+    "unbind", "clone", "contiguous", "movedim", "repeat", "flip", "roll", "narrow",
+}  # fmt: skip
+
+
+def _row_keys(graph: _Graph, part) -> dict:
+    """For every node that reduces, the axes of the component along which it does.
+
+    An axis is a class of dimensions that pointwise operators and views align. Views are
+    followed by running them on the indices of their input.
+    """
+    parent: dict = {}
+
+    def find(a):
+        parent.setdefault(a, a)
+        while parent[a] != a:
+            a = parent[a]
+        return a
+
+    axes: dict = {}  # node -> one set of axes for every dimension
+
+    def of(node):
+        if node not in axes:
+            axes[node] = [{(node, d)} for d in range(len(_shape(graph.env[node])))]
+        return axes[node]
+
+    def align(one, other):
+        if len(one) == len(other) == 1:
+            parent[find(next(iter(one)))] = find(next(iter(other)))
+
+    keys = {}
+    for n in part:
+        dims = _reduced_dims(graph, n)
+        out = _shape(graph.env[n])
+        operands = [a for a in n.all_input_nodes if isinstance(graph.env[a], (torch.Tensor, tuple, list))]
+        if dims:
+            keys[n] = {a for d in dims for a in of(n.args[0])[d]}
+        if _op_name(n) in _VIEWS:
+            source = n.args[0]
+            shape = _shape(graph.env[source])
+            index = torch.arange(math.prod(shape)).reshape(shape)
+            moved = graph.call(n, {source: index})
+            moved = moved[0] if isinstance(moved, (tuple, list)) else moved
+            coordinates = torch.unravel_index(moved, shape) if shape else ()
+            axes[n] = []
+            for d in range(moved.ndim):
+                varies = [
+                    of(source)[i]
+                    for i, c in enumerate(coordinates)
+                    if moved.shape[d] > 1 and c.numel() and (c.diff(dim=d) != 0).any()
+                ]
+                axes[n].append(set().union(*varies) if varies else {(n, d)})
+            continue
+        if dims and len(out) != len(_shape(graph.env[n.args[0]])) and len(out) == len(
+            _shape(graph.env[n.args[0]])
+        ) - len(dims):
+            axes[n] = [a for d, a in enumerate(of(n.args[0])) if d not in dims]
+            continue
+        mine = [None] * len(out)
+        for a in operands:
+            shape = _shape(graph.env[a])
+            for d in range(1, min(len(out), len(shape)) + 1):
+                if shape[-d] == out[-d] and out[-d] > 1:
+                    theirs = of(a)[-d]
+                    if mine[-d] is None:
+                        mine[-d] = set(theirs)
+                    else:
+                        align(mine[-d], theirs)
+                        mine[-d] |= theirs
+        axes[n] = [m if m is not None else {(n, d)} for d, m in enumerate(mine)]
+    return {n: frozenset(find(a) for a in key) for n, key in keys.items()}
 
 
 # --------------------------------------------------------------------------- one unit
@@ -508,6 +600,8 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
         name = _op_name(n)
         if units == "op":
             return n.target is not operator.getitem
+        if _is_global_mean(graph, n):
+            return False
         return name in _CONTRACTIONS or name in _MIXING
 
     owner = {}  # of every node that a cut unit covers: the cut and its getitems
@@ -602,11 +696,12 @@ def _components(nodes):
 def _stages(graph, part):
     """Split a component where it reduces along other dimensions; last stage first."""
     state: dict = {}
+    row_keys = _row_keys(graph, part)
     for n in part:
         before = [state[a] for a in n.all_input_nodes if a in state]
         stage = max((s for s, _ in before), default=0)
         keys = {k for s, k in before if s == stage and k is not None}
-        own = _row_key(graph, n)
+        own = row_keys.get(n)
         if own is not None:
             keys.add(own)
         state[n] = (stage, next(iter(keys), None)) if len(keys) < 2 else (stage + 1, own)
