@@ -25,7 +25,8 @@ from hesscale_fx.errors import (
     source_line,
 )
 from hesscale_fx.methods import METHODS, Method
-from hesscale_fx.module import TENSOR, HesScaleModule, Input, Program, Signature
+from hesscale_fx.module import HesScaleModule, Program, State
+from hesscale_fx.signature import Input, Signature
 
 log = logging.getLogger("hesscale_fx")
 
@@ -159,8 +160,8 @@ class Builder:
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,
-            signature=signature_of(captured, fake_mode),
-            training=[m.training for m in self.model.modules()],
+            signature=signature_of(captured),
+            state=State.of(self.model),
             constants=constants,
             info={"primitives": primitives, "units": partition.units, "captured": captured},
         )
@@ -202,20 +203,14 @@ def matches(name: str, pattern: str) -> bool:
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
 
 
-def signature_of(captured: Captured, fake_mode: Any) -> Signature:
+def signature_of(captured: Captured) -> Signature:
     inputs = []
     for leaf in captured.leaves:
         if leaf.kind == "input":
             value = leaf.node.meta["val"]
             shape = [s if isinstance(s, int) else s.node.expr for s in value.shape]
             inputs.append(Input(leaf.name, shape, value.dtype, value.device))
-    guards = []
-    if fake_mode is not None and fake_mode.shape_env is not None:
-        env = fake_mode.shape_env
-        guards = [env.simplify(g.expr) for g in env.guards]
-        guards = list(dict.fromkeys(g for g in guards if g.free_symbols))
-    static = [v if v.__class__.__name__ != "_Tensor" else TENSOR for v in captured.in_leaves]
-    return Signature(inputs, captured.in_spec, static, guards)
+    return Signature(inputs, captured.in_spec, captured.in_leaves, captured.guards)
 
 
 def check_supported(partition: Partition, source: dict[fx.Node, fx.Node]) -> None:

@@ -10,20 +10,21 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.boundary import output
+from hesscale_fx.signature import TENSOR
 from hesscale_fx.errors import (
     CaptureError,
     HesScaleError,
@@ -56,8 +57,7 @@ class Captured:
     in_spec: pytree.TreeSpec
     in_leaves: list[Any]  # one an argument leaf: the name of its placeholder or a constant
     dynamic: bool
-    seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
+    guards: list[Any]  # what the sizes must satisfy for the model to take the captured path
 
 
 class Step(nn.Module):
@@ -79,27 +79,19 @@ class Step(nn.Module):
     def bind(self, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """Remember the structure of the arguments; return their tensors."""
         leaves, self.spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        self.static = [_TENSOR if isinstance(v, torch.Tensor) else v for v in leaves]
+        self.static = [TENSOR if isinstance(v, torch.Tensor) else v for v in leaves]
         return [v for v in leaves if isinstance(v, torch.Tensor)]
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         assert self.spec is not None
         flat = iter(tensors)
-        leaves = [next(flat) if v is _TENSOR else v for v in self.static]
+        leaves = [next(flat) if v is TENSOR else v for v in self.static]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         if self.loss_fn is None:
             return self.model(*args, **kwargs)
         inputs, targets = split_targets(args, self.targets)
         out = mark_boundary(self.model(*inputs, **kwargs))
         return self.loss_fn(out, *targets)
-
-
-class _Tensor:
-    def __repr__(self) -> str:
-        return "<tensor>"
-
-
-_TENSOR = _Tensor()
 
 
 def split_targets(args: tuple, targets: int) -> tuple[tuple, tuple]:
@@ -187,6 +179,8 @@ def modules_of(function: Callable) -> dict[str, nn.Module]:
 
 def as_module(model: Any) -> tuple[nn.Module, str]:
     """The module to trace and the prefix of its parameters that the user's names do not have."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module(), ""
     if isinstance(model, nn.Module):
         return model, ""
     if callable(model):
@@ -351,68 +345,77 @@ def positional_names(function: Callable, count: int, default: str) -> list[str]:
     return names + [f"{default}_{i}" for i in range(len(names), count)]
 
 
-def from_program(program: Any, step: Step | None, names: list[str] | None) -> Captured:
+def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     """Decompose an exported program to the pinned level and read off its signature."""
     with quiet(), no_autocast():
         program = program.run_decompositions(decompositions())
     graph = program.graph_module.graph
     signature = program.graph_signature
-    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    leaves = []
-    values: dict[str, torch.Tensor] = {**program.constants}
-    user_inputs = 0
-    for spec in signature.input_specs:
-        node = placeholders[getattr(spec.arg, "name", "")] if hasattr(spec.arg, "name") else None
-        kind = spec.kind.name
-        if kind == "USER_INPUT":
-            if node is not None and isinstance(node.meta.get("val"), torch.Tensor):
-                name = names_of_tensors(step, names)[user_inputs] if names else node.name
-                leaves.append(Leaf(node, "input", name))
-                user_inputs += 1
-            elif node is not None:
-                raise CaptureError(f"Input {node.name} of the program is no tensor.")
-            continue
-        assert node is not None
-        if kind == "PARAMETER":
-            leaves.append(Leaf(node, "parameter", spec.target))
-        elif kind == "BUFFER":
-            leaves.append(Leaf(node, "buffer", spec.target))
-        elif kind == "CONSTANT_TENSOR":
-            number = sum(leaf.kind == "constant" for leaf in leaves)
-            leaves.append(Leaf(node, "constant", f"_constant_{number}", values[spec.target]))
-        else:
-            raise CaptureError(f"The captured program has an input of kind {kind}: {spec.target}.")
-    leaves = unify_tied(leaves, step, graph)
+    leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
         leaf.node.meta["hesscale_name"] = leaf.name.removeprefix("model.").lstrip("_")
-    output_node = graph.find_nodes(op="output")[0]
-    loss, mutations = read_outputs(output_node, signature)
-    check_loss(loss, step)
+    refuse_writes(signature)
+    outputs = graph.find_nodes(op="output")[0]
+    kinds = [spec.kind.name for spec in signature.output_specs]
+    check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
     drop_checks(graph)
-    boundary = strip_boundary(graph)
-    loss = output_node.args[0][signature_loss_index(signature)]
-    mutations = {k: output_node.args[0][i] for i, k in mutation_indices(signature)}
+    boundary = strip_boundary(graph)  # may replace the outputs, so they are read after it
+    results = outputs.args[0]
     return Captured(
         graph=graph,
         leaves=leaves,
-        loss=loss,
-        mutations=mutations,
+        loss=results[kinds.index("USER_OUTPUT")],
+        mutations={
+            spec.target: results[i]
+            for i, spec in enumerate(signature.output_specs)
+            if spec.kind.name == "BUFFER_MUTATION"
+        },
         boundary=boundary,
-        in_spec=step.spec if step is not None and step.spec is not None else program.call_spec.in_spec,
-        in_leaves=list(step.static) if step is not None else [_TENSOR] * user_inputs,
+        in_spec=step.spec,  # type: ignore[arg-type]
+        in_leaves=list(step.static),
         dynamic=any(
-            not isinstance(s, int)
+            not isinstance(size, int)
             for leaf in leaves
             if leaf.kind == "input"
-            for s in leaf.node.meta["val"].shape
+            for size in leaf.node.meta["val"].shape
         ),
+        guards=guards_of(leaves),
     )
 
 
-def unify_tied(leaves: list[Leaf], step: Step | None, graph: fx.Graph) -> list[Leaf]:
+def read_inputs(program: Any, step: Step, names: list[str]) -> list[Leaf]:
+    """What each placeholder is."""
+    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    inputs = iter([n for n, v in zip(names, step.static, strict=True) if v is TENSOR])
+    leaves: list[Leaf] = []
+    constants = 0
+    for spec in program.graph_signature.input_specs:
+        node, kind = placeholders[spec.arg.name], spec.kind.name
+        if kind == "USER_INPUT":
+            leaves.append(Leaf(node, "input", next(inputs)))
+        elif kind in ("PARAMETER", "BUFFER"):
+            leaves.append(Leaf(node, kind.lower(), spec.target))
+        elif kind == "CONSTANTTENSOR":
+            value = program.constants[spec.target]
+            leaves.append(Leaf(node, "constant", f"_constant_{constants}", value))
+            constants += 1
+        else:
+            raise CaptureError(f"The captured program has an input of kind {kind}: {spec.target}.")
+    return leaves
+
+
+def guards_of(leaves: list[Leaf]) -> list[Any]:
+    """Conditions on symbolic sizes that the trace relied on, as sympy expressions."""
+    fake_mode = detect_fake_mode([leaf.node.meta["val"] for leaf in leaves])
+    env = getattr(fake_mode, "shape_env", None)
+    if env is None:
+        return []
+    found = [env.simplify(guard.expr) for guard in env.guards]
+    return list(dict.fromkeys(g for g in found if g.free_symbols))
+
+
+def unify_tied(leaves: list[Leaf], step: Step, graph: fx.Graph) -> list[Leaf]:
     """Export lists a tied parameter under each of its names; keep the first."""
-    if step is None:
-        return leaves
     tensors = dict(step.named_parameters(remove_duplicate=False))
     first: dict[int, Leaf] = {}
     kept = []
@@ -427,63 +430,39 @@ def unify_tied(leaves: list[Leaf], step: Step | None, graph: fx.Graph) -> list[L
     return kept
 
 
-def names_of_tensors(step: Step | None, names: list[str]) -> list[str]:
-    if step is None:
-        return names
-    return [n for n, v in zip(names, step.static, strict=True) if v is _TENSOR]
+def refuse_writes(signature: Any) -> None:
+    for spec in signature.output_specs:
+        if spec.kind.name == "USER_INPUT_MUTATION":
+            raise InvalidModelError(
+                f"The model writes into its input {spec.target!r}. Let it work on a copy: "
+                "x = x.clone()."
+            )
+        if spec.kind.name == "PARAMETER_MUTATION":
+            raise InvalidModelError(
+                f"The model writes into its parameter {spec.target.removeprefix('model.')!r}; "
+                "then the loss is no function of the parameters. Make it a buffer."
+            )
 
 
-def signature_loss_index(signature: Any) -> int:
-    kinds = [spec.kind.name for spec in signature.output_specs]
-    return kinds.index("USER_OUTPUT")
-
-
-def mutation_indices(signature: Any) -> list[tuple[int, str]]:
-    return [
-        (i, spec.target)
-        for i, spec in enumerate(signature.output_specs)
-        if spec.kind.name == "BUFFER_MUTATION"
-    ]
-
-
-def read_outputs(output_node: fx.Node, signature: Any) -> tuple[Any, dict[str, fx.Node]]:
-    kinds = [spec.kind.name for spec in signature.output_specs]
-    if "USER_INPUT_MUTATION" in kinds:
-        spec = signature.output_specs[kinds.index("USER_INPUT_MUTATION")]
-        raise InvalidModelError(
-            f"The model writes into its input {spec.target!r}. Work on a copy: x = x.clone()."
-        )
-    if "PARAMETER_MUTATION" in kinds:
-        spec = signature.output_specs[kinds.index("PARAMETER_MUTATION")]
-        raise InvalidModelError(f"The model writes into its parameter {spec.target!r}.")
-    outputs = [
-        o for o, k in zip(output_node.args[0], kinds, strict=True) if k == "USER_OUTPUT"
-    ]
+def check_loss(outputs: list[Any], step: Step) -> None:
+    """The program must return one real floating-point scalar."""
+    who = "The loss" if step.loss_fn is not None else "The model"
+    way = "Pass the loss: transform(model, loss), e.g. transform(model, lambda out: out.loss)."
     if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
+        raise InvalidModelError(f"{who} returns {len(outputs)} values, not one scalar loss. {way}")
+    value = outputs[0].meta["val"]
+    if not isinstance(value, torch.Tensor):
+        raise InvalidModelError(f"{who} returns a {type(value).__name__}, no tensor. {way}")
+    if value.dim() > 0:
+        if step.loss_fn is not None:
+            way = "Reduce it, e.g. with .mean() or reduction='mean'."
         raise InvalidModelError(
-            f"The model returns {len(outputs)} values, not one scalar loss. Pass the loss: "
-            "transform(model, loss), e.g. transform(model, lambda out: out.loss)."
-        )
-    return outputs[0], {}
-
-
-def check_loss(loss: fx.Node, step: Step | None) -> None:
-    value = loss.meta["val"]
-    given = step is not None and step.loss_fn is not None
-    who = "The loss" if given else "The model"
-    if value.numel() != 1 or value.dim() > 0:
-        way = (
-            "Reduce it, e.g. with .mean() or reduction='mean'."
-            if given
-            else "Pass the loss: transform(model, loss), or let the model return a scalar."
-        )
-        raise InvalidModelError(
-            f"{who} returns a tensor of shape {tuple(value.shape)}, not a scalar. {way}"
+            f"{who} returns a tensor of shape {list(value.shape)}, not a scalar. {way}"
         )
     if not value.is_floating_point():
+        way = "Take its real part or abs()." if value.is_complex() else "Convert it to float."
         raise InvalidModelError(
-            f"{who} returns {value.dtype}; the loss must be a real floating-point scalar. "
-            + ("Take its real part or abs()." if value.is_complex() else "Convert it to float.")
+            f"{who} returns {value.dtype}; it must be a real floating-point scalar. {way}"
         )
 
 
@@ -523,11 +502,3 @@ def decompositions() -> dict[Any, Callable]:
     table = {op: f for op, f in _core_table().items() if not structures.is_known(op)}
     table.update(structures.definitions_for_capture())
     return table
-
-
-def operators_of(graph: fx.Graph) -> set[Any]:
-    return {
-        n.target
-        for n in graph.nodes
-        if n.op == "call_function" and n.target is not operator.getitem
-    }

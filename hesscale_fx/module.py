@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.utils._sympy.printers import PythonPrinter
 
-from hesscale_fx.errors import CallError, CallTypeError, InvalidArgumentError, NotCapturedError
+from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
+from hesscale_fx.signature import Signature
 
 
 class Result(NamedTuple):
@@ -34,156 +33,34 @@ class Result(NamedTuple):
 
 
 @dataclass
-class Input:
-    """One tensor argument of the captured graph."""
+class State:
+    """What a graph has baked in of the model besides its code."""
 
-    name: str
-    shape: list[int | sympy.Expr]
-    dtype: torch.dtype
-    device: torch.device
+    modes: list[bool]  # train or eval, of every submodule
+    dtypes: list[torch.dtype]  # of parameters and buffers
+    devices: list[torch.device]
 
-    def describe(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}{format_shape(self.shape)}"
-
-
-def format_shape(shape: Any) -> str:
-    return "[" + ", ".join(str(s) for s in shape) + "]"
-
-
-class Signature:
-    """The arguments that a graph serves."""
-
-    def __init__(
-        self,
-        inputs: list[Input],
-        spec: pytree.TreeSpec,
-        static: list[Any],
-        guards: list[sympy.Expr],
-    ) -> None:
-        self.inputs = inputs
-        self._spec = spec
-        self._static = static  # a value for each leaf that is no tensor, else TENSOR
-        self._tensors = [i for i, v in enumerate(static) if v is TENSOR]
-        self._plain = spec == pytree.tree_flatten((tuple(static), {}))[1] and all(
-            v is TENSOR for v in static
+    @classmethod
+    def of(cls, model: nn.Module) -> State:
+        tensors = [*model.parameters(), *model.buffers()]
+        return cls(
+            [m.training for m in model.modules()],
+            [t.dtype for t in tensors],
+            [t.device for t in tensors],
         )
-        self.guards = guards
-        symbols = sorted(
-            {s for i in inputs for d in i.shape if isinstance(d, sympy.Expr) for s in d.free_symbols},
-            key=str,
-        )
-        self._guard = self._compile_guards(symbols)
 
-    def _compile_guards(self, symbols: list[Any]) -> tuple[list[str], Callable] | None:
-        usable = [g for g in self.guards if g.free_symbols <= set(symbols)]
-        if not usable:
-            return None
-        code = " and ".join(f"({PythonPrinter().doprint(g)})" for g in usable)
-        names = [str(s) for s in symbols]
-        scope: dict[str, Any] = {"math": __import__("math"), "torch": torch}
-        return names, eval(f"lambda {', '.join(names)}: {code}", scope)
-
-    def flatten(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Any]:
-        """The tensors of a call.
-
-        Raises:
-            CallTypeError: another number or nesting of arguments than the graph serves.
-        """
-        if self._plain and not kwargs and len(args) == len(self._static):
-            return list(args)
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        if spec != self._spec:
-            raise CallTypeError(
-                f"The call has {describe_call(args, kwargs)}, but the graph was captured with "
-                f"{describe_spec(self._spec)}. " + RETRANSFORM
+    def mismatch(self, now: State) -> Exception | None:
+        if now.modes != self.modes:
+            return CallError(
+                "The model's train/eval mode has changed since the graph was captured. Set it "
+                "back with hs.train() or hs.eval(), or transform again."
             )
-        for have, want in zip(leaves, self._static, strict=True):
-            if want is not TENSOR and not (type(have) is type(want) and have == want):
-                raise CallError(
-                    f"The call has the constant argument {have!r} where the graph was captured "
-                    f"with {want!r}, which is baked in. " + RETRANSFORM
-                )
-        return [leaves[i] for i in self._tensors]
-
-    def mismatch(self, tensors: list[Any]) -> Exception | None:
-        """Why the graph does not serve these tensors, or None."""
-        bound: dict[Any, Any] = {}
-        pending: list[tuple[Input, int, Any, sympy.Expr]] = []
-        for want, have in zip(self.inputs, tensors, strict=True):
-            if not isinstance(have, Tensor):
-                return CallTypeError(
-                    f"Argument {want.name!r} is {type(have).__name__}; the graph serves a tensor "
-                    f"{want.describe()}. " + RETRANSFORM
-                )
-            if have.dtype != want.dtype or have.device != want.device:
-                return CallTypeError(
-                    f"Argument {want.name!r} has dtype {have.dtype} on {have.device}; the graph "
-                    f"serves {want.dtype} on {want.device}. Convert it with .to(...), or transform "
-                    "again with such an example."
-                )
-            if have.dim() != len(want.shape):
-                return self._wrong_shape(want, have)
-            for d, (w, h) in enumerate(zip(want.shape, have.shape, strict=True)):
-                if isinstance(w, int):
-                    if w != h:
-                        return self._wrong_shape(want, have)
-                elif isinstance(w, sympy.Symbol):
-                    if w not in bound:
-                        bound[w] = h
-                    elif bound[w] != h:
-                        return self._wrong_shape(want, have, f"{w} = {bound[w]}")
-                else:
-                    pending.append((want, d, have, w))
-        for want, d, have, expr in pending:
-            if not torch.compiler.is_compiling():
-                value = expr.subs({k: int(v) for k, v in bound.items()})
-                if int(value) != have.shape[d]:
-                    return self._wrong_shape(want, have)
-        if self._guard is not None and not torch.compiler.is_compiling():
-            names, function = self._guard
-            by_name = {str(k): v for k, v in bound.items()}
-            if all(n in by_name for n in names) and not function(*(by_name[n] for n in names)):
-                return CallError(
-                    f"The sizes {by_name} take another path through the model than the captured "
-                    f"one, which holds for {' and '.join(str(g) for g in self.guards)}. "
-                    + RETRANSFORM
-                )
+        if now.dtypes != self.dtypes or now.devices != self.devices:
+            return CallTypeError(
+                "The dtype or device of the model's parameters or buffers has changed since the "
+                "graph was captured. Transform the model again."
+            )
         return None
-
-    def _wrong_shape(self, want: Input, have: Tensor, also: str = "") -> CallError:
-        where = f" (with {also} from another argument)" if also else ""
-        return CallError(
-            f"Argument {want.name!r} has shape {format_shape(have.shape)}; the graph serves "
-            f"{format_shape(want.shape)}{where}, where names are free sizes. " + RETRANSFORM
-        )
-
-
-class _Tensor:
-    def __repr__(self) -> str:
-        return "<tensor>"
-
-    def __deepcopy__(self, memo: dict) -> _Tensor:
-        return self
-
-    def __reduce__(self) -> Any:
-        return "TENSOR"
-
-
-TENSOR = _Tensor()
-RETRANSFORM = (
-    "Call transform() again with such an example, or without example_inputs: then each kind of "
-    "call is captured when it first comes."
-)
-
-
-def describe_call(args: tuple, kwargs: Mapping[str, Any]) -> str:
-    text = f"{len(args)} positional argument(s)"
-    return text + (f" and keywords {sorted(kwargs)}" if kwargs else "")
-
-
-def describe_spec(spec: pytree.TreeSpec) -> str:
-    args, kwargs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
-    return describe_call(args, kwargs)
 
 
 @dataclass
@@ -192,14 +69,14 @@ class Program:
 
     graph: fx.Graph
     signature: Signature
-    training: list[bool]  # mode of every submodule of the model
+    state: State  # of the model that the graph serves
     constants: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
     function: Callable | None = None
     code: str = ""
 
     def __deepcopy__(self, memo: dict) -> Program:
-        return Program(self.graph, self.signature, self.training, self.constants, self.info,
+        return Program(self.graph, self.signature, self.state, self.constants, self.info,
                        self.function, self.code)
 
 
@@ -307,16 +184,16 @@ class HesScaleModule(fx.GraphModule):
     def _find(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
         """The program that serves a call, and the call's tensors."""
         active = self._active
-        modes = [m.training for m in self._model.modules()]
+        state = State.of(self._model)
         reason: Exception | None = None
         if active is not None:
-            reason, tensors = self._serves(active, args, kwargs, modes)
+            reason, tensors = self._serves(active, args, kwargs, state)
             if reason is None:
                 return active, tensors
         for key in reversed(self._programs):
             program = self._programs[key]
             if program is not active:
-                other, tensors = self._serves(program, args, kwargs, modes)
+                other, tensors = self._serves(program, args, kwargs, state)
                 if other is None:
                     self._programs.move_to_end(key)
                     self._activate(program)
@@ -326,17 +203,15 @@ class HesScaleModule(fx.GraphModule):
         return self._capture(args, kwargs)
 
     def _serves(
-        self, program: Program, args: tuple, kwargs: Mapping[str, Any], modes: list[bool]
+        self, program: Program, args: tuple, kwargs: Mapping[str, Any], state: State
     ) -> tuple[Exception | None, list[Any]]:
         try:
             tensors = program.signature.flatten(args, kwargs)
         except (CallError, CallTypeError) as error:
             return error, []
-        if modes != program.training:
-            return CallError(
-                "The model's train/eval mode has changed since the graph was captured. Call "
-                "hs.train() or hs.eval() to set it back, or transform again."
-            ), []
+        reason = program.state.mismatch(state)
+        if reason is not None:
+            return reason, []
         return program.signature.mismatch(tensors), tensors
 
     @torch.compiler.disable
@@ -369,10 +244,25 @@ class HesScaleModule(fx.GraphModule):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> HesScaleModule:
         self._model._apply(fn, recurse)
+        if self._loss_module is not None:
+            self._loss_module._apply(fn, recurse)
         for program in self._programs.values():
             program.constants = {k: fn(v) for k, v in program.constants.items()}
         self._link()
+        if not self._lazy and self._active is not None:
+            self._recapture(fn)
         return self
+
+    def _recapture(self, fn: Callable) -> None:
+        """Capture again where the model has gone, as `.to()` on any module would."""
+        active = self._active
+        if active is None or active.state.mismatch(State.of(self._model)) is None:
+            return
+        args, kwargs = active.signature.example()
+        moved = [fn(v) if isinstance(v, Tensor) else v for v in pytree.tree_leaves((args, kwargs))]
+        spec = pytree.tree_structure((args, kwargs))
+        self._programs.clear()
+        self._capture(*pytree.tree_unflatten(moved, spec))
 
     def train(self, mode: bool = True) -> HesScaleModule:
         """Set the model's mode; a lazily captured module keeps one graph for each."""
@@ -393,10 +283,19 @@ class HesScaleModule(fx.GraphModule):
         return other
 
     def __reduce__(self) -> Any:
-        raise InvalidArgumentError(
-            "A transformed module is not pickled; save it with torch.save(hs.state_dict()) and "
-            "transform the model again, or torch.export.save(torch.export.export(hs, args), path)."
-        )
+        """Pickle what the graphs were made of; they are made again when loaded."""
+        examples = [program.signature.example() for program in self._programs.values()]
+        return rebuild, (self._build, self._model, self._loss_module, self._lazy, examples)
+
+
+def rebuild(
+    build: Callable, model: nn.Module, loss: nn.Module | None, lazy: bool, examples: list
+) -> HesScaleModule:
+    """A module that captures again at zeros of the shapes that were captured before."""
+    hs = HesScaleModule(model, loss, build, lazy)
+    for args, kwargs in examples:
+        hs._capture(args, kwargs)
+    return hs
 
 
 @contextmanager
