@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.boundary import output
+from hesscale_fx.decisions import Decision, recording, replaying
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.errors import (
     CaptureError,
@@ -33,6 +36,7 @@ from hesscale_fx.errors import (
 )
 
 aten = torch.ops.aten
+log = logging.getLogger("hesscale_fx")
 
 
 @dataclass
@@ -213,14 +217,14 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*_flat_weights.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         silent = [logging.getLogger(f"torch.{name}") for name in NOISY]
-        levels = [log.level for log in silent]
-        for log in silent:
-            log.setLevel(logging.CRITICAL)
+        levels = [logger.level for logger in silent]
+        for logger in silent:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            for log, level in zip(silent, levels, strict=True):
-                log.setLevel(level)
+            for logger, level in zip(silent, levels, strict=True):
+                logger.setLevel(level)
 
 
 def capture(step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
@@ -257,19 +261,35 @@ def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
     """torch.export with the leading dimensions free (where the model allows) or all fixed."""
     auto = torch.export.Dim.AUTO
     shapes = tuple({0: auto} if t.dim() else None for t in tensors) if dynamic else None
-    options = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
+    options: dict[str, Any] = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
     try:
-        with quiet(), torch.enable_grad(), no_autocast():
+        # On failure export prints its partial graph to stderr.
+        with quiet(), redirect_stderr(io.StringIO()), torch.enable_grad(), no_autocast():
             try:
                 return torch.export.export(step, tuple(tensors), **options)
-            except GuardOnDataDependentSymNode:
-                # Control flow reads a tensor. Take the branch that the example takes, and keep
-                # an assertion in the graph that later calls take it too.
-                return torch.export.draft_export(step, tuple(tensors), **options)
+            except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
+                made = decide(step, tensors)
+                if not made:
+                    raise
+                log.info("%s: control flow reads tensor values", type(step.model).__name__)
+                try:
+                    with replaying(made):
+                        return torch.export.export(step, tuple(tensors), **options)
+                except CaptureError:
+                    raise error from None
     except HesScaleError:
         raise
     except Exception as error:
         raise CaptureError(explain(error, step)) from error
+
+
+def decide(step: Step, tensors: list[torch.Tensor]) -> list[Decision]:
+    """Run the step eagerly on copies and note what its control flow reads."""
+    made: list[Decision] = []
+    buffers = {name: b.clone() for name, b in step.named_buffers()}
+    with torch.random.fork_rng(), torch.no_grad(), recording(made):
+        torch.func.functional_call(step, buffers, tuple(t.clone() for t in tensors))
+    return made
 
 
 def is_free(program: Any) -> bool:
@@ -395,7 +415,7 @@ def read_inputs(program: Any, step: Step, names: list[str]) -> list[Leaf]:
             leaves.append(Leaf(node, "input", next(inputs)))
         elif kind in ("PARAMETER", "BUFFER"):
             leaves.append(Leaf(node, kind.lower(), spec.target))
-        elif kind == "CONSTANTTENSOR":
+        elif kind == "CONSTANT_TENSOR":
             value = program.constants[spec.target]
             leaves.append(Leaf(node, "constant", f"_constant_{constants}", value))
             constants += 1

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.signature import Signature
 
@@ -73,11 +74,12 @@ class Program:
     constants: dict[str, Tensor]
     info: dict[str, Any] = field(default_factory=dict)
     function: Callable | None = None
+    asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
 
     def __deepcopy__(self, memo: dict) -> Program:
         return Program(self.graph, self.signature, self.state, self.constants, self.info,
-                       self.function, self.code)
+                       self.function, self.asserts, self.code)
 
 
 class HesScaleModule(fx.GraphModule):
@@ -156,6 +158,9 @@ class HesScaleModule(fx.GraphModule):
         exec(source, scope)
         program.code = code.src
         program.function = scope["forward"]
+        program.asserts = any(
+            n.target == torch.ops.aten._assert_async.msg for n in program.graph.nodes
+        )
         return code
 
     def _program(self) -> Program:
@@ -237,8 +242,22 @@ class HesScaleModule(fx.GraphModule):
     def forward(self, *args: Any, **kwargs: Any) -> Result:
         program, tensors = self._find(args, kwargs)
         with torch.no_grad(), without_autocast():
-            loss, grads, hess = program.function(self, *tensors)  # type: ignore[misc]
-        return Result(loss, grads, hess)
+            if torch.compiler.is_compiling() or not program.asserts:
+                return Result(*program.function(self, *tensors))  # type: ignore[misc]
+            return self._run_asserting(program, tensors)
+
+    def _run_asserting(self, program: Program, tensors: list[Any]) -> Result:
+        """Run a graph that asserts the decisions it has fixed."""
+        try:
+            return Result(*program.function(self, *tensors))  # type: ignore[misc]
+        except RuntimeError as error:
+            if MESSAGE not in str(error):
+                raise
+            raise CallError(
+                f"The model's control flow reads tensor values, and this call would take another "
+                f"path than the captured one ({str(error).split(': ')[-1]} at capture). Transform "
+                "the model again with such an example, or write it with torch.where."
+            ) from None
 
     # --- what a module does ---------------------------------------------------------------------
 
