@@ -269,9 +269,9 @@ def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
                 return torch.export.export(step, tuple(tensors), **options)
             except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
                 made = decide(step, tensors)
-                if not made:
-                    raise
-                log.info("%s: control flow reads tensor values", type(step.model).__name__)
+                if not made or not all(decision.by_torch for decision in made):
+                    raise  # the model itself branches on data
+                log.info("fixed with an assertion: %s", [d.describe() for d in made])
                 try:
                     with replaying(made):
                         return torch.export.export(step, tuple(tensors), **options)

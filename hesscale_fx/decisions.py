@@ -1,12 +1,15 @@
-"""Control flow that reads tensor values: take the branch of the example, and assert it later.
+"""Torch's own checks of tensor values: take the branch of the example, and assert it later.
 
-torch.export cannot evaluate ``if x.sum() > 0``. An eager run of the model records what such reads
+torch.export cannot evaluate ``if torch.any(var < 0): raise``, which losses and distributions have
+to check their arguments. An eager run of the model records what such reads
 gave; the trace then gets the same answers, each with an assertion in the graph, so that a call
 which would decide otherwise fails instead of being silently wrong.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ READS = (
     (torch, "allclose"),
     (torch, "is_nonzero"),
 )
+TORCH = os.path.dirname(torch.__file__)
 MESSAGE = "hesscale_fx: the captured path does not hold"
 
 
@@ -38,6 +42,7 @@ class Decision:
 
     name: str
     result: Any
+    by_torch: bool  # whether torch's own code asked, not the model's
 
     def describe(self) -> str:
         return f"{self.name}() gave {self.result!r}"
@@ -80,7 +85,8 @@ def recording(made: list[Decision]) -> Iterator[None]:
         finally:
             depth -= 1
         if not depth:
-            made.append(Decision(name, result))
+            asked = sys._getframe(2).f_code.co_filename
+            made.append(Decision(name, result, asked.startswith(TORCH)))
         return result
 
     with intercepted(answer):

@@ -254,9 +254,9 @@ class HesScaleModule(fx.GraphModule):
             if MESSAGE not in str(error):
                 raise
             raise CallError(
-                f"The model's control flow reads tensor values, and this call would take another "
-                f"path than the captured one ({str(error).split(': ')[-1]} at capture). Transform "
-                "the model again with such an example, or write it with torch.where."
+                "A check of tensor values inside torch (of a loss or a distribution) comes out "
+                f"otherwise in this call than at capture, where {str(error).split(': ')[-1]}: the "
+                "arguments are invalid, or the model must be transformed again with such ones."
             ) from None
 
     # --- what a module does ---------------------------------------------------------------------
