@@ -43,6 +43,53 @@ def transform(
     wrt: Wrt = None,
     dynamic: bool = True,
 ) -> HesScaleModule:
+    """Give a module that returns loss, gradients and Hessian diagonals in one graph.
+
+    The model and its loss are traced into one functional ATen graph; nodes that compute gradients
+    and HesScale curvature are added in reverse order. The model is not changed; the returned module
+    shares its parameters, buffers and submodules.
+
+    Args:
+        model: an `nn.Module`, a `torch.fx.GraphModule`, a `torch.export.ExportedProgram`, or a
+            function that calls modules of its closure. Without `loss` it returns the scalar loss.
+        loss: ``loss(output, *targets)``, a module or function. Its positional parameters without
+            default after the first tell how many of the trailing call arguments are targets.
+            Parameters of its own are differentiated too, under ``"loss."``.
+        example_inputs: what the returned module will be called with, targets included; ``()`` if it
+            takes nothing. Given, the graph is captured now and another kind of call raises; else
+            at the first call, and again for calls that the graphs so far do not serve.
+        example_kwargs: keyword arguments of the model in such a call.
+        method: ``"hesscale"`` (Elsayed & Mahmood 2022), or ``"hesscale_gn"``, which keeps only the
+            curvature of the loss (a generalized Gauss-Newton diagonal; it needs `loss` or
+            `hesscale_fx.output`).
+        wrt: which tensors to differentiate: names, prefixes (``"encoder"``), patterns
+            (``"*.weight"``), a predicate on (name, parameter), or ``"inputs"`` for the
+            floating-point inputs; a list mixes them. By default all parameters that require grad.
+        dynamic: leave the leading dimension of the inputs free where the model allows it.
+
+    Returns:
+        A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
+        `Result` ``(loss, grads, hess_diag)``: the scalar loss and two dictionaries by parameter
+        name, in the order of ``model.named_parameters()``. Gradients have the parameter's dtype,
+        diagonals at least float32; their unit is loss / parameter^2. Nothing requires grad.
+
+    Raises:
+        HesScaleError: one of its subclasses, which says what is not supported and the way out.
+
+    Source:
+        Elsayed & Mahmood, "HesScale: Scalable Computation of Hessian Diagonals", 2022; Becker &
+        LeCun, "Improving the Convergence of Back-Propagation Learning with Second Order Methods",
+        1989.
+
+    Example:
+        >>> import torch, hesscale_fx
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> hs = hesscale_fx.transform(net, nn.CrossEntropyLoss())
+        >>> loss, grads, hess_diag = hs(torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0]))
+        >>> hess_diag["0.weight"].shape
+        torch.Size([8, 4])
+    """
     builder = Builder(model, loss, method, wrt, dynamic)
     hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
     if example_inputs is not None:
@@ -124,14 +171,20 @@ class Builder:
 
     @property
     def wants_inputs(self) -> bool:
-        return not callable(self.wrt) and self.wrt is not None and (
-            self.wrt == "inputs" or "inputs" in self.wrt
+        """Whether `wrt` asks for the floating-point inputs."""
+        return (
+            not callable(self.wrt)
+            and self.wrt is not None
+            and (self.wrt == "inputs" or "inputs" in self.wrt)
         )
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        """Capture, analyse and emit for such arguments."""
         start = time.perf_counter()
         captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
-        log.info("captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start)
+        log.info(
+            "captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start
+        )
         return self.compile(captured)
 
     def compile(self, captured: Captured) -> Program:
@@ -143,15 +196,19 @@ class Builder:
                 "loss was given. Pass it: transform(model, loss), or mark the model's output "
                 "with hesscale_fx.output(z)."
             )
-        fake_mode = detect_fake_mode([leaf.node.meta["val"] for leaf in captured.leaves] or [
-            captured.loss.meta["val"]])
+        fake_mode = detect_fake_mode(
+            [leaf.node.meta["val"] for leaf in captured.leaves] or [captured.loss.meta["val"]]
+        )
         primitives = write_out(captured.graph, fake_mode)
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(
-            primitives.graph, loss, active, primitives.source,
+            primitives.graph,
+            loss,
+            active,
+            primitives.source,
             inside if self.method.needs_boundary else None,
         )
         check_supported(partition, primitives.source)
@@ -204,6 +261,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def signature_of(captured: Captured) -> Signature:
+    """The arguments that a captured graph serves."""
     inputs = []
     for leaf in captured.leaves:
         if leaf.kind == "input":
@@ -218,8 +276,9 @@ def check_supported(partition: Partition, source: dict[fx.Node, fx.Node]) -> Non
     from hesscale_fx.structures import structure_of
 
     unknown = [
-        u.call for u in partition.units if u.region is None
-        and structure_of(u.call.target, u.call.args, u.call.kwargs) is None
+        u.call
+        for u in partition.units
+        if u.region is None and structure_of(u.call.target, u.call.args, u.call.kwargs) is None
     ]
     if not unknown:
         return
@@ -232,6 +291,7 @@ def check_supported(partition: Partition, source: dict[fx.Node, fx.Node]) -> Non
     names = dict.fromkeys(str(n.target) for n in unknown)
     calls = "\n".join(f"  hesscale_fx.register(torch.ops.{n}, ...)" for n in names)
     raise UnsupportedOperatorError(
-        "No structure is known for the Jacobian of:\n" + "\n".join(lines)
+        "No structure is known for the Jacobian of:\n"
+        + "\n".join(lines)
         + f"\nRegister one, e.g. 'pointwise', 'selection' or 'contraction':\n{calls}"
     )

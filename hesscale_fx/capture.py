@@ -27,13 +27,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from hesscale_fx import structures
 from hesscale_fx.boundary import output
 from hesscale_fx.decisions import Decision, recording, replaying
-from hesscale_fx.signature import TENSOR
 from hesscale_fx.errors import (
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
     InvalidModelError,
 )
+from hesscale_fx.signature import TENSOR
 
 aten = torch.ops.aten
 log = logging.getLogger("hesscale_fx")
@@ -350,14 +350,16 @@ def argument_names(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> list[s
     result = []
     for name, value in [*top.items(), *kwargs.items()]:
         for path, _ in pytree.tree_flatten_with_path(value)[0]:
-            parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
+            parts = [
+                str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path
+            ]
             result.append("_".join([name, *parts]))
     return result
 
 
 def positional_names(function: Callable, count: int, default: str) -> list[str]:
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         parameters = []
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

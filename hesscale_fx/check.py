@@ -38,6 +38,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Whether every error is at most the tolerance."""
         return all(max(pair) <= self.tolerance for pair in self.errors.values())
 
 
@@ -87,7 +88,7 @@ def check(
         hs = transform(loss, None, (x, *head.weights), wrt="inputs", dynamic=False)
         out = hs(x, *head.weights)
         name = next(iter(out.grads))
-        grad, diagonal = exact(lambda v: loss(v, *head.weights), x)  # noqa: B023
+        grad, diagonal = exact(lambda v: loss(v, *head.weights), x)
         errors[tensors.index(position)] = (
             relative(out.grads[name], grad),
             relative(out.hess_diag[name], diagonal),
@@ -114,6 +115,7 @@ class Head:
 
     @classmethod
     def of(cls, op: Callable, args: tuple, kwargs: dict[str, Any], seed: int) -> Head:
+        """Random weights for the outputs of ``op(*args, **kwargs)``."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             outputs = floating_outputs(op(*args, **kwargs))
@@ -126,14 +128,16 @@ class Head:
         return cls(weights)
 
     def __call__(self, result: Any, weights: tuple[Tensor, ...]) -> Tensor:
-        total = 0.0
+        """h of the outputs."""
+        total: Any = 0.0
         for k, y in enumerate(floating_outputs(result)):
             y0, w, d = weights[3 * k : 3 * k + 3]
             total = total + (w * (y - y0)).sum() + 0.5 * (d * (y - y0) ** 2).sum()
-        return total  # type: ignore[return-value]
+        return total
 
 
 def floating_outputs(result: Any) -> list[Tensor]:
+    """The differentiable tensors in an operator's result."""
     leaves = pytree.tree_leaves(result)
     return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
 
@@ -151,6 +155,7 @@ def exact(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest reference entry (over 1 if all are zero)."""
     if not value.numel():
         return 0.0
     scale = reference.abs().max().clamp(min=1.0 if not reference.any() else 0.0)

@@ -45,12 +45,13 @@ class Decision:
     by_torch: bool  # whether torch's own code asked, not the model's
 
     def describe(self) -> str:
+        """E.g. ``__bool__() gave False``."""
         return f"{self.name}() gave {self.result!r}"
 
 
 @contextmanager
 def intercepted(answer: Callable[[str, Callable, tuple, dict], Any]) -> Iterator[None]:
-    """Let `answer` serve every read of a tensor's value, also those inside torch's own functions."""
+    """Let `answer` serve every read of a tensor's value, also inside torch's own functions."""
 
     def replacement(name: str, original: Callable) -> Callable:
         def read(*args: Any, **kwargs: Any) -> Any:

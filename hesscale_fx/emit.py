@@ -92,7 +92,12 @@ class Emission:
         finally:
             zero_test.reset(token)
         node = self._tracer.node
-        graph.output((node(self._values[self._captured.loss]), *({k: node(v) for k, v in found[r].items()} for r in found)))
+        graph.output(
+            (
+                node(self._values[self._captured.loss]),
+                *({k: node(v) for k, v in found[r].items()} for r in found),
+            )
+        )
         self._finish(graph)
         return graph
 
@@ -121,7 +126,7 @@ class Emission:
         if not isinstance(value, (Tensor, tuple, list)):  # sizes, scalars and checks of them
             self._tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
             return value
-        return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, node: fx.Node) -> Any:
         """The value of a primitive node."""
@@ -131,7 +136,7 @@ class Emission:
             return self._values[source]
         if node not in self._inner:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-            self._inner[node] = node.target(*args, **kwargs)  # type: ignore[operator, misc]
+            self._inner[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._inner[node]
 
     # --- rules ----------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ class Emission:
                         local.update(self._run_native(source, value))
                 elif node not in local:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                    local[node] = node.target(*args, **kwargs)  # type: ignore[operator, misc]
+                    local[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             return [local[n] for n in unit.region.outputs]  # type: ignore[union-attr]
 
         return run
@@ -190,7 +195,7 @@ class Emission:
             return self._values[node] if primitive is None else value(primitive)
 
         args, kwargs = fx.node.map_arg((source.args, source.kwargs), operand)
-        result = source.target(*args, **kwargs)  # type: ignore[operator, misc]
+        result = source.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(result, Tensor):
             return {self._primitives.of[source]: result}
         return {

@@ -43,6 +43,7 @@ class State:
 
     @classmethod
     def of(cls, model: nn.Module) -> State:
+        """The state of `model` now."""
         tensors = [*model.parameters(), *model.buffers()]
         return cls(
             [m.training for m in model.modules()],
@@ -51,6 +52,7 @@ class State:
         )
 
     def mismatch(self, now: State) -> Exception | None:
+        """Why a graph of this state does not serve another, or None."""
         if now.modes != self.modes:
             return CallError(
                 "The model's train/eval mode has changed since the graph was captured. Set it "
@@ -78,8 +80,16 @@ class Program:
     code: str = ""
 
     def __deepcopy__(self, memo: dict) -> Program:
-        return Program(self.graph, self.signature, self.state, self.constants, self.info,
-                       self.function, self.asserts, self.code)
+        return Program(
+            self.graph,
+            self.signature,
+            self.state,
+            self.constants,
+            self.info,
+            self.function,
+            self.asserts,
+            self.code,
+        )
 
 
 class HesScaleModule(fx.GraphModule):
@@ -89,6 +99,8 @@ class HesScaleModule(fx.GraphModule):
     `print_readable()` show the graph that served last.
     """
 
+    _model: nn.Module
+    _loss_module: nn.Module | None
     # How many graphs a lazily captured module keeps.
     max_programs = 8
 
@@ -240,6 +252,7 @@ class HesScaleModule(fx.GraphModule):
         return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Result:
+        """See `__call__`."""
         program, tensors = self._find(args, kwargs)
         with torch.no_grad(), without_autocast():
             if torch.compiler.is_compiling() or not program.asserts:

@@ -26,10 +26,12 @@ class Input:
     device: torch.device
 
     def describe(self) -> str:
+        """E.g. ``float32[s0, 3]``."""
         return f"{str(self.dtype).removeprefix('torch.')}{format_shape(self.shape)}"
 
 
 def format_shape(shape: Any) -> str:
+    """E.g. ``[s0, 3]``."""
     return "[" + ", ".join(str(s) for s in shape) + "]"
 
 
@@ -52,7 +54,13 @@ class Signature:
         )
         self.guards = guards
         symbols = sorted(
-            {s for i in inputs for d in i.shape if isinstance(d, sympy.Expr) for s in d.free_symbols},
+            {
+                s
+                for i in inputs
+                for d in i.shape
+                if isinstance(d, sympy.Expr)
+                for s in d.free_symbols
+            },
             key=str,
         )
         self._guard = self._compile_guards(symbols)
@@ -93,7 +101,7 @@ class Signature:
         leaves = list(self._static)
         for position, want in zip(self._tensors, self.inputs, strict=True):
             shape = [
-                s if isinstance(s, int) else int(s.subs({k: 2 for k in s.free_symbols}))
+                s if isinstance(s, int) else int(s.subs(dict.fromkeys(s.free_symbols, 2)))
                 for s in want.shape
             ]
             leaves[position] = torch.zeros(shape, dtype=want.dtype, device=want.device)
@@ -171,12 +179,12 @@ RETRANSFORM = (
 
 
 def describe_call(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """The number of arguments and the keywords."""
     text = f"{len(args)} positional argument(s)"
     return text + (f" and keywords {sorted(kwargs)}" if kwargs else "")
 
 
 def describe_spec(spec: pytree.TreeSpec) -> str:
+    """The same of captured arguments."""
     args, kwargs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
     return describe_call(args, kwargs)
-
-

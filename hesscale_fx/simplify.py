@@ -18,8 +18,8 @@ FULL = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 
 KEEP_ALL = {
     aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.expand.default,
     aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.sum.dim_IntList, aten.sum.default,
-    aten.mean.dim, aten.mean.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.sum.dim_IntList,
+    aten.sum.default, aten.mean.dim, aten.mean.default,
     aten._to_copy.default, aten.detach.default, aten.clone.default, aten.reshape.default,
     aten._unsafe_view.default, aten.mul.Scalar, aten.div.Scalar, aten.alias.default,
     aten.slice.Tensor, aten.select.int, aten.abs.default, aten.sgn.default, aten.square.default,
@@ -105,8 +105,9 @@ def same_type(a: fx.Node, b: fx.Node) -> bool:
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         return False
     return (
-        x.dtype == y.dtype and x.device == y.device and [str(s) for s in x.shape]
-        == [str(s) for s in y.shape]
+        x.dtype == y.dtype
+        and x.device == y.device
+        and [str(s) for s in x.shape] == [str(s) for s in y.shape]
     )
 
 
@@ -153,8 +154,13 @@ def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
     elif target in (aten.sub.Tensor, aten.div.Tensor, aten.div.Scalar):
         unit = constants.is_zero if target is aten.sub.Tensor else constants.is_one
         candidate = first if unit(second) and not node.kwargs else None
-    elif target in (aten.reshape.default, aten.expand.default, aten.sum.dim_IntList, aten.clone.default,
-                    aten._to_copy.default):
+    elif target in (
+        aten.reshape.default,
+        aten.expand.default,
+        aten.sum.dim_IntList,
+        aten.clone.default,
+        aten._to_copy.default,
+    ):
         candidate = first if same_layout(node, first) else None
     elif target in (aten.neg.default, aten.t.default) and first.target is target:
         candidate = first.args[0]

@@ -65,13 +65,12 @@ class Tracer:
         return get_proxy_slot(value, self._tracer, None) is not None
 
     def _proxy(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        slot: Any = None
+        if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
             slot = get_proxy_slot(value, self._tracer, None)
-            return value if slot is None else slot.proxy
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            slot = get_proxy_slot(value, self._tracer, None)
-            return value if slot is None else slot.force()
-        return value
+        if slot is None:
+            return value
+        return slot.proxy if isinstance(value, torch.Tensor) else slot.force()
 
 
 def crop_or_pad(x: torch.Tensor, pad: list[int], value: float = 0) -> torch.Tensor:
@@ -80,5 +79,9 @@ def crop_or_pad(x: torch.Tensor, pad: list[int], value: float = 0) -> torch.Tens
         return NotImplemented
     for i in range(0, len(pad), 2):
         dim = x.dim() - 1 - i // 2
-        x = torch.ops.aten.slice.Tensor(x, dim, -pad[i], x.shape[dim] + pad[i + 1]) if pad[i] or pad[i + 1] else x
+        x = (
+            torch.ops.aten.slice.Tensor(x, dim, -pad[i], x.shape[dim] + pad[i + 1])
+            if pad[i] or pad[i + 1]
+            else x
+        )
     return x

@@ -13,9 +13,9 @@ def active_nodes(graph: fx.Graph, loss: fx.Node, leaves: Iterable[fx.Node]) -> s
     """Nodes that depend on a leaf and that the loss depends on, differentiably."""
     reached = set(leaves)
     for node in graph.nodes:
-        if node.op == "call_function" and not is_constant(node):
-            if any(a in reached for a in node.all_input_nodes):
-                reached.add(node)
+        follows = node.op == "call_function" and any(a in reached for a in node.all_input_nodes)
+        if follows and not is_constant(node):
+            reached.add(node)
     needed: set[fx.Node] = {loss} & reached
     for node in reversed(graph.nodes):
         if node in needed:

@@ -61,7 +61,7 @@ def _write(
         proxy.node.meta["val"] = node.meta["val"]
         return tracer.track(node.meta["val"], proxy)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    if node.target is operator.getitem and isinstance(args[0], (tuple, list)):  # type: ignore[arg-type]
+    if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
         return args[0][args[1]]  # type: ignore[index]
     definition = structures.definition_of(node.target)
     value = node.meta.get("val")
@@ -71,10 +71,9 @@ def _write(
             whole[made] = node
     if definition is None or not is_floating(node):
         return value
-    if isinstance(value, (tuple, list)):
-        if node.target in definitions.READS_OUTPUTS:
-            saved = [v.detach() if isinstance(v, torch.Tensor) else v for v in value]
-            kwargs = {**kwargs, "saved": saved}  # type: ignore[dict-item]
+    if isinstance(value, (tuple, list)) and node.target in definitions.READS_OUTPUTS:
+        saved = [v.detach() if isinstance(v, torch.Tensor) else v for v in value]
+        kwargs = {**kwargs, "saved": saved}
     defined.add(node)
     out = definition(*args, **kwargs)
     if not isinstance(value, (tuple, list)):

@@ -17,12 +17,12 @@ So a region is split into the finest units that cut neither.
 
 from __future__ import annotations
 
-import heapq
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
 
@@ -92,15 +92,14 @@ class Partition:
         self._source = source
         self._inside = inside
         self._loss = loss
-        self._users = {
-            n: [u for u in n.users if u in active] for n in graph.nodes if n in active
-        }
+        self._users = {n: [u for u in n.users if u in active] for n in graph.nodes if n in active}
         self._nodes = [n for n in graph.nodes if n in active and n.op == "call_function"]
         self._flat = self._flat_nodes()
         self._levels = self._find_levels()
         self._unit_at: dict[tuple[fx.Node, int], Unit] = {}
         self._alone: dict[fx.Node, Unit] = {}
         self._known: dict[tuple, Unit] = {}
+        self._apart: set[fx.Node] = set()
         self.units = self._build()
 
     # --- levels -------------------------------------------------------------------------------
@@ -125,8 +124,10 @@ class Partition:
         if node.target in table.LINEAR_POINTWISE:
             return True
         if node.target in table.PRODUCTS:
-            return len(operands) == 1 and node.args[0] is operands[0] or (
-                len(operands) == 1 and "mul" in str(node.target)
+            return (
+                len(operands) == 1
+                and node.args[0] is operands[0]
+                or (len(operands) == 1 and "mul" in str(node.target))
             )
         structure = structures.structure_of(node.target, node.args, node.kwargs)
         if structure is None:
@@ -183,9 +184,7 @@ class Partition:
                 level = self._use_level(node)
                 unit.levels = [level]
                 unit.inputs = [
-                    (a, self._producer(a, level))
-                    for a in operands_of(node)
-                    if a in self._active
+                    (a, self._producer(a, level)) for a in operands_of(node) if a in self._active
                 ]
                 if node in self._flat and is_region_node(node):
                     unit.region = self._region([node])
@@ -236,26 +235,14 @@ class Partition:
 
     def _sorted(self, units: set[Unit]) -> list[Unit]:
         """Producers before consumers, otherwise in the order of the graph."""
-        consumers: dict[Unit, list[Unit]] = {u: [] for u in units}
-        waiting = {}
-        for unit in units:
-            producers = {p for _, p in unit.inputs if p is not None}
-            waiting[unit] = len(producers)
-            for producer in producers:
-                consumers[producer].append(unit)
-        rank = {u: (max(self._order[n] for n in u.nodes), u.levels[0]) for u in units}
-        ready = [(rank[u], i, u) for i, u in enumerate(units) if not waiting[u]]
-        heapq.heapify(ready)
-        result = []
-        while ready:
-            _, _, unit = heapq.heappop(ready)
-            result.append(unit)
-            for consumer in consumers[unit]:
-                waiting[consumer] -= 1
-                if not waiting[consumer]:
-                    heapq.heappush(ready, (rank[consumer], id(consumer), consumer))
-        assert len(result) == len(units), "units depend on each other in a circle"
-        return result
+        graph: nx.DiGraph = nx.DiGraph()
+        graph.add_nodes_from(units)
+        graph.add_edges_from((p, unit) for unit in units for _, p in unit.inputs if p is not None)
+        return list(
+            nx.lexicographical_topological_sort(
+                graph, key=lambda u: (max(self._order[n] for n in u.nodes), u.levels[0])
+            )
+        )
 
     # --- splitting a region -------------------------------------------------------------------
 
@@ -301,7 +288,22 @@ class Partition:
             members = grown
 
     def _join_coupled(self, component: list[fx.Node], groups: Groups) -> None:
-        """Join a unit that spreads elements along an axis to those that couple it later."""
+        """Join units that spread elements along an axis to those that couple it later.
+
+        A chain of more than `MAX_REDUCTIONS` reductions (the norms of a deep post-norm
+        transformer) is left apart, at this level and at all others.
+        """
+        joined = groups.copy()
+        self._find_coupled(component, joined)
+        for members in joined.sets():
+            if members == groups.set_of(members[0]):
+                continue
+            if sum(n.target in table.REDUCTIONS for n in members) > MAX_REDUCTIONS:
+                self._apart.update(members)
+            elif not self._apart.intersection(members):
+                groups.join(members)
+
+    def _find_coupled(self, component: list[fx.Node], groups: Groups) -> None:
         axes = Axes()
         for node in component:
             assign(node, axes, strict=False)
@@ -364,7 +366,9 @@ class Partition:
             if a in self._active and a not in members
         ]
         widest = max(dims.values(), key=lambda v: len(sum(v, [])))
-        order = list(dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))]))
+        order = list(
+            dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))])
+        )
         outputs = [n for n in nodes if not any(u in members for u in self._users[n])]
         sizes = {a: int(axes.size(a)) for a in order if axes.size(a).is_Integer}
         return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)
@@ -426,6 +430,10 @@ def _assign(node: fx.Node, axes: Axes, operands: list[fx.Node]) -> None:
             axes.view(node, operands[0])
 
 
+# The cost of a region's rule grows with the square of this.
+MAX_REDUCTIONS = 8
+
+
 class Groups:
     """Disjoint sets of nodes, each listed in the order of `elements`."""
 
@@ -433,6 +441,11 @@ class Groups:
         self.elements = elements
         self._index = {n: i for i, n in enumerate(elements)}
         self._set: dict[fx.Node, list[fx.Node]] = {n: [n] for n in elements}
+
+    def copy(self) -> Groups:
+        other = Groups(self.elements)
+        other._set = dict(self._set)
+        return other
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self._set

@@ -17,9 +17,17 @@ class Method(Protocol):
     A role is the name of one flowing quantity; ``"grad"`` is always the gradient.
     """
 
-    name: str
-    roles: tuple[str, ...]
-    needs_boundary: bool  # the model and the loss are treated differently
+    @property
+    def name(self) -> str:
+        """What `transform` calls it."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The flowing quantities, the gradient first."""
+
+    @property
+    def needs_boundary(self) -> bool:
+        """Whether the model and the loss are treated differently."""
 
     def seed(self, loss: Tensor) -> dict[str, Tensor | None]:
         """The values at the loss; None is zero."""

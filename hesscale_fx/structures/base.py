@@ -121,10 +121,13 @@ def vjp(outputs: Tensors, inputs: list[Tensor], u: Tensors) -> list[Tensor | Non
 class Structure(Protocol):
     """A row of the table: how to evaluate the three questions for calls of an operator."""
 
-    name: str
-    # Whether the second derivative is zero and y is linear in all differentiated operands jointly
-    # (`jointly`) or only in each alone.
-    linear: bool
+    @property
+    def name(self) -> str:
+        """The term of the table, e.g. ``"contraction"``."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether y is linear in all differentiated operands jointly."""
 
     def at(self, call: Call) -> Evaluation:
         """Evaluate at the operands of `call`."""

@@ -94,7 +94,7 @@ def register(op: Any, structure: str | Structure | Callable[..., Any] | tuple) -
     gradient and what the structure leaves open are derived.
 
     Args:
-        op: ``torch.ops.mylib.myop``, one overload of it, or what `torch.library.custom_op` returned.
+        op: ``torch.ops.mylib.myop``, one overload of it, or what `custom_op` returned.
         structure: one of
 
             - ``"pointwise"``: each output element depends on one element of each operand. Its

@@ -205,8 +205,10 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    d, v = moments(x.reshape([x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]),
-                   list(range(2, x.dim() + 1)))
+    d, v = moments(
+        x.reshape([x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]]),
+        list(range(2, x.dim() + 1)),
+    )
     y = (d * (v + eps).rsqrt()).reshape(x.shape)
     return affine(y, per_channel(weight, x), per_channel(bias, x))
 
@@ -238,8 +240,8 @@ def batch_norm(
         d, v = moments(x, batch_statistics(x))
         y = d * (v + eps).rsqrt()
     else:
-        mean, v = per_channel(running_mean, x), per_channel(running_var, x)
-        y = (x - mean) * (v + eps).rsqrt()
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        y = (x - running_mean.reshape(shape)) * (running_var.reshape(shape) + eps).rsqrt()
     return affine(y, per_channel(weight, x), per_channel(bias, x)), None, None, None, None
 
 
@@ -247,7 +249,7 @@ def batch_norm(
 def batch_norm_no_stats(
     x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float
 ) -> Any:
-    return (*batch_norm(x, weight, bias, None, None, True, momentum, eps)[:1], None, None)  # type: ignore[arg-type]
+    return (*batch_norm(x, weight, bias, None, None, True, momentum, eps)[:1], None, None)
 
 
 @defines(aten._native_batch_norm_legit_no_training.default)

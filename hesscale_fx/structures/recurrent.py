@@ -92,15 +92,15 @@ def stack_layers(
 
 @defines(aten.lstm.input, at_capture=True)
 def lstm(x: Tensor, hx: list[Tensor], params: list[Tensor], *options: Any) -> Any:
-    states = list(zip(hx[0].unbind(), hx[1].unbind(), strict=True))
-    out, finals = stack_layers(x, states, params, *options, lstm_step)  # type: ignore[call-arg, misc]
+    states: list[State] = list(zip(hx[0].unbind(), hx[1].unbind(), strict=True))
+    out, finals = stack_layers(x, states, params, *options, lstm_step)  # type: ignore[call-arg]
     return out, torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals])
 
 
 def simple(step: Step) -> Callable[..., Any]:
     def recurrent(x: Tensor, hx: Tensor, params: list[Tensor], *options: Any) -> Any:
         states = [(h,) for h in hx.unbind()]
-        out, finals = stack_layers(x, states, params, *options, step)  # type: ignore[call-arg, misc, arg-type]
+        out, finals = stack_layers(x, states, params, *options, step)  # type: ignore[call-arg, arg-type]
         return out, torch.stack([h for (h,) in finals])
 
     return recurrent

@@ -149,8 +149,10 @@ class Layout:
         dims = [
             self.position[a]
             for a in axes
-            if not (isinstance(value.shape[self.position[a]], int)
-                    and value.shape[self.position[a]] == 1)
+            if not (
+                isinstance(value.shape[self.position[a]], int)
+                and value.shape[self.position[a]] == 1
+            )
         ]
         return value.sum(sorted(dims), keepdim=True) if dims else value
 
@@ -328,7 +330,7 @@ class RegionAt:
         if node.target in table.REDUCTIONS:
             return self._reduce(node, value)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _reduce(self, node: fx.Node, value: Callable[[fx.Node], Tensor]) -> Tensor:
         source: Any = node.args[0]

@@ -58,7 +58,7 @@ SELECTION = packets(
     # adding
     "cumsum",
 )  # fmt: skip
-# max.dim and min.dim choose; their full reductions share a gradient among ties and are no selection.
+# max.dim and min.dim choose; full reductions share a gradient among ties and are no selections.
 SELECTION += [aten.max.dim, aten.min.dim]
 
 CONTRACTION = packets(
@@ -127,9 +127,7 @@ REDUCTIONS = {
 POINTWISE = set(packets("masked_fill", "where", "rsub"))
 
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
-LINEAR_POINTWISE = {
-    op for op in packets("add", "sub", "neg", "rsub", "where", "masked_fill", "positive")
-}
+LINEAR_POINTWISE = set(packets("add", "sub", "neg", "rsub", "where", "masked_fill", "positive"))
 PRODUCTS = set(packets("mul", "div"))  # linear if only the first operand is differentiated
 
 
@@ -137,8 +135,8 @@ PRODUCTS = set(packets("mul", "div"))  # linear if only the first operand is dif
 CONSTANT = set(
     packets(
         "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
-        "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "bernoulli", "multinomial",
-        "sym_size", "item", "_local_scalar_dense",
+        "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "bernoulli",
+        "multinomial", "sym_size", "item", "_local_scalar_dense",
     )
 )  # fmt: skip
 
