@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,10 @@ def _activation_case(activation):
     def build():
         random = isinstance(activation, nn.RReLU) and activation.training
         return Case(
-            _mlp(activation), nn.CrossEntropyLoss(), (torch.randn(4, 5),), (_labels(4, 3),),
+            _mlp(activation),
+            nn.CrossEntropyLoss(),
+            (torch.randn(4, 5),),
+            (_labels(4, 3),),
             random=random,
             low_precision=not isinstance(activation, (nn.Threshold, nn.Hardshrink)),
             # torch's hardsigmoid_backward multiplies by a float32 1/6 in float64 too
@@ -112,7 +115,7 @@ _CONVOLUTIONS = {
     "1d": (nn.Conv1d(2, 4, 3), (7,)),
     "1d-stride-groups": (nn.Conv1d(2, 4, 3, stride=2, padding=1, groups=2), (7,)),
     "1d-dilated": (nn.Conv1d(2, 3, 3, dilation=2, bias=False), (8,)),
-    "1d-same": (nn.Conv1d(2, 3, 4, padding="same"), (6,)),
+    "1d-same": (nn.Conv1d(2, 3, 3, padding="same", dilation=2), (6,)),
     "2d": (nn.Conv2d(2, 3, 3, padding=1), (4, 5)),
     "2d-stride": (nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0)), (5, 4)),
     "2d-dilated": (nn.Conv2d(2, 3, 2, dilation=2), (5, 5)),
@@ -136,7 +139,9 @@ def _convolution_case(layer, size):
             features = layer(x)[0].numel()
         lift = type(layer) if not isinstance(layer, nn.modules.conv._ConvTransposeNd) else None
         first = (lift or getattr(nn, f"Conv{len(size)}d"))(2, 2, 1)
-        net = nn.Sequential(first, nn.Tanh(), layer, nn.Tanh(), nn.Flatten(), nn.Linear(features, 3))
+        net = nn.Sequential(
+            first, nn.Tanh(), layer, nn.Tanh(), nn.Flatten(), nn.Linear(features, 3)
+        )
         return Case(net, nn.CrossEntropyLoss(), (x,), (_labels(2, 3),))
 
     return build
@@ -188,13 +193,20 @@ def _pool_case(pool, size):
         conv = getattr(nn, f"Conv{len(size)}d")
         positive = type(pool).__name__.startswith("LP")
         net = nn.Sequential(
-            conv(1, 2, 3, padding=1), _Positive() if positive else nn.Tanh(), pool, nn.Flatten(),
+            conv(1, 2, 3, padding=1),
+            _Positive() if positive else nn.Tanh(),
+            pool,
+            nn.Flatten(),
             nn.Linear(features, 3),
         )
         maximum = "Max" in type(pool).__name__
         return Case(
-            net, nn.CrossEntropyLoss(), (x,), (_labels(2, 3),),
-            random="Fractional" in type(pool).__name__, low_precision=not maximum,
+            net,
+            nn.CrossEntropyLoss(),
+            (x,),
+            (_labels(2, 3),),
+            random="Fractional" in type(pool).__name__,
+            low_precision=not maximum,
         )
 
     return build
@@ -296,12 +308,20 @@ _DROPOUTS = {
 def _dropout_case(layer):
     def build():
         net = nn.Sequential(
-            nn.Conv1d(2, 6, 1), nn.Tanh(), layer, nn.Conv1d(6, 5, 1), layer, nn.SiLU(),
-            nn.Flatten(), nn.Linear(20, 3),
+            nn.Conv1d(2, 6, 1),
+            nn.Tanh(),
+            layer,
+            nn.Conv1d(6, 5, 1),
+            layer,
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(20, 3),
         )
         # torch draws other masks in other dtypes
         random = layer.training and layer.p > 0
-        return Case(net, nn.CrossEntropyLoss(), (torch.randn(3, 2, 4),), (_labels(3, 3),), random=random)
+        return Case(
+            net, nn.CrossEntropyLoss(), (torch.randn(3, 2, 4),), (_labels(3, 3),), random=random
+        )
 
     return build
 
@@ -349,7 +369,7 @@ class DenseNet(nn.Module):
         self.out = nn.Linear(8, 3)
 
     def forward(self, x):
-        for norm, conv in zip(self.norms, self.convs):
+        for norm, conv in zip(self.norms, self.convs, strict=True):
             x = torch.cat([x, conv(F.relu(norm(x)))], 1)
         return self.out(F.avg_pool2d(x, 4).flatten(1))
 
@@ -437,9 +457,7 @@ def _recurrent_case(kind, options):
     def build():
         net = Recurrent(kind, **options)
         x = torch.randn(2, 3, 3)
-        return Case(
-            net, nn.CrossEntropyLoss(), (x,), (_labels(2, 3),), random="dropout" in options
-        )
+        return Case(net, nn.CrossEntropyLoss(), (x,), (_labels(2, 3),), random="dropout" in options)
 
     return build
 
@@ -497,7 +515,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.attn = Attention(d, heads, causal, dropout, by_hand)
-        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d), nn.Dropout(dropout)
+        )
 
     def forward(self, x, mask=None):
         x = x + self.attn(self.ln1(x), mask)
@@ -505,7 +525,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, vocab=5, d=4, heads=2, layers=2, length=3, dropout=0.0, tied=True, by_hand=False):
+    def __init__(
+        self, vocab=5, d=4, heads=2, layers=2, length=3, dropout=0.0, tied=True, by_hand=False
+    ):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab, d), nn.Embedding(length, d)
         self.drop = nn.Dropout(dropout)
@@ -556,7 +578,10 @@ for _p in (0.0, 0.3):
     def _(p=_p):
         tokens = torch.tensor([[1, 4, 2, 0], [3, 5, 0, 0]])
         return Case(
-            Bert(dropout=p), nn.CrossEntropyLoss(), (tokens, _labels(2, 2, 4)), (_labels(2, 2),),
+            Bert(dropout=p),
+            nn.CrossEntropyLoss(),
+            (tokens, _labels(2, 2, 4)),
+            (_labels(2, 2),),
             random=p > 0,
         )
 
@@ -567,14 +592,20 @@ def _encoder(**options):
 
 
 for _n, _options in {
-    "pre": {"norm_first": True, "dropout": 0.0}, "pre-gelu": {"norm_first": True, "dropout": 0.0, "activation": "gelu"},
+    "pre": {"norm_first": True, "dropout": 0.0},
+    "pre-gelu": {"norm_first": True, "dropout": 0.0, "activation": "gelu"},
     "pre-dropout": {"norm_first": True, "dropout": 0.3}, "post": {"dropout": 0.0},
     "post-dropout": {"dropout": 0.3},
 }.items():  # fmt: skip
 
     @case(f"transformer-encoder-{_n}")
     def _(options=_options):
-        return Case(Scalar(_encoder(**options)), None, (torch.randn(2, 3, 4),), random=options["dropout"] > 0)
+        return Case(
+            Scalar(_encoder(**options)),
+            None,
+            (torch.randn(2, 3, 4),),
+            random=options["dropout"] > 0,
+        )
 
 
 @case("transformer-encoder-padding")
@@ -623,7 +654,9 @@ for _n, _options, _masks in (
     @case(f"multihead-{_n}")
     def _(options=_options, masks=_masks):
         x = torch.randn(3, 2, 4) if not options.get("batch_first") else torch.randn(2, 3, 4)
-        return Case(MultiHead(**dict(options)), None, (x,), kwargs=masks, random="dropout" in options)
+        return Case(
+            MultiHead(**dict(options)), None, (x,), kwargs=masks, random="dropout" in options
+        )
 
 
 class Llama(nn.Module):
@@ -641,7 +674,9 @@ class Llama(nn.Module):
         self.down, self.head = nn.Linear(6, d, bias=False), nn.Linear(d, 5, bias=False)
 
     def rotate(self, x):
-        angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * torch.ones(self.size, dtype=x.dtype)
+        angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * torch.ones(
+            self.size, dtype=x.dtype
+        )
         a, b = x.chunk(2, -1)
         return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
 
@@ -722,7 +757,9 @@ def _():
 def _():
     x, w = torch.tensor([[0, 1, 1], [3, 4, 2]]), torch.rand(2, 3)
     net = Bag("sum")
-    return Case(net, nn.CrossEntropyLoss(), (x,), (_labels(2, 3),), kwargs={"per_sample_weights": w})
+    return Case(
+        net, nn.CrossEntropyLoss(), (x,), (_labels(2, 3),), kwargs={"per_sample_weights": w}
+    )
 
 
 @case("embedding")
@@ -768,7 +805,10 @@ for _n, _cls in {"dense": Mixture, "top2": lambda: Mixture(2), "stacked": Stacke
     @case(f"mixture-{_n}")
     def _(cls=_cls):
         return Case(
-            cls(), nn.CrossEntropyLoss(), (torch.randn(3, 4),), (_labels(3, 3),),
+            cls(),
+            nn.CrossEntropyLoss(),
+            (torch.randn(3, 4),),
+            (_labels(3, 3),),
             low_precision=cls in (Mixture, StackedMixture),
         )
 
@@ -800,7 +840,13 @@ for _c in (False, True):
     @case(f"actor-critic-{'normal' if _c else 'categorical'}")
     def _(continuous=_c):
         action = torch.randn(4, 2) if continuous else _labels(4, 2)
-        inputs = (torch.randn(4, 3), action, torch.randn(4) * 0.1 - 1, torch.randn(4), torch.randn(4))
+        inputs = (
+            torch.randn(4, 3),
+            action,
+            torch.randn(4) * 0.1 - 1,
+            torch.randn(4),
+            torch.randn(4),
+        )
         return Case(ActorCritic(continuous), None, inputs, low_precision=False)
 
 
@@ -926,8 +972,12 @@ def loss_case(name, loss, targets, width=3, n=5, reference=None, net=None, low=T
     @case(f"loss-{name}")
     def build():
         return Case(
-            net() if net else _net(width), loss, (torch.randn(n, 4),), targets(),
-            reference_loss=reference, low_precision=low,
+            net() if net else _net(width),
+            loss,
+            (torch.randn(n, 4),),
+            targets(),
+            reference_loss=reference,
+            low_precision=low,
         )
 
 
@@ -955,42 +1005,175 @@ for _r in _R:
     loss_case(f"l1-{_r}", nn.L1Loss(reduction=_r), lambda: (torch.randn(5, 3),), low=False)
     loss_case(f"bce-logits-{_r}", nn.BCEWithLogitsLoss(reduction=_r), lambda: (torch.rand(5, 3),))
     loss_case(f"huber-{_r}", nn.HuberLoss(_r, 0.5), lambda: (torch.randn(5, 3),), low=False)
-    loss_case(f"smooth-l1-{_r}", nn.SmoothL1Loss(reduction=_r, beta=0.5), lambda: (torch.randn(5, 3),), low=False)
-    loss_case(f"soft-margin-{_r}", nn.SoftMarginLoss(reduction=_r), lambda: (torch.randn(5, 3).sign(),))
-    loss_case(f"hinge-embedding-{_r}", nn.HingeEmbeddingLoss(0.7, reduction=_r), lambda: (torch.randn(5, 3).sign(),), low=False)
-    loss_case(f"multi-margin-{_r}", nn.MultiMarginLoss(p=2, margin=0.7, reduction=_r), lambda: (_labels(5, 3),), low=False)
+    loss_case(
+        f"smooth-l1-{_r}",
+        nn.SmoothL1Loss(reduction=_r, beta=0.5),
+        lambda: (torch.randn(5, 3),),
+        low=False,
+    )
+    loss_case(
+        f"soft-margin-{_r}", nn.SoftMarginLoss(reduction=_r), lambda: (torch.randn(5, 3).sign(),)
+    )
+    loss_case(
+        f"hinge-embedding-{_r}",
+        nn.HingeEmbeddingLoss(0.7, reduction=_r),
+        lambda: (torch.randn(5, 3).sign(),),
+        low=False,
+    )
+    loss_case(
+        f"multi-margin-{_r}",
+        nn.MultiMarginLoss(p=2, margin=0.7, reduction=_r),
+        lambda: (_labels(5, 3),),
+        low=False,
+    )
     loss_case(f"poisson-{_r}", nn.PoissonNLLLoss(reduction=_r), lambda: (torch.rand(5, 3) * 3,))
 
 loss_case("cross-entropy-weight", nn.CrossEntropyLoss(_W), lambda: (_labels(5, 3),))
-loss_case("cross-entropy-smoothing", nn.CrossEntropyLoss(label_smoothing=0.2), lambda: (_labels(5, 3),))
+loss_case(
+    "cross-entropy-smoothing", nn.CrossEntropyLoss(label_smoothing=0.2), lambda: (_labels(5, 3),)
+)
 loss_case("cross-entropy-ignore", nn.CrossEntropyLoss(), lambda: _ignored(5))
-loss_case("cross-entropy-ignore-class", nn.CrossEntropyLoss(_W, ignore_index=1, label_smoothing=0.1), lambda: (torch.tensor([0, 1, 2, 2, 1]),))
-loss_case("cross-entropy-probabilities", nn.CrossEntropyLoss(_W, label_smoothing=0.1), lambda: (torch.randn(5, 3).softmax(-1),))
-loss_case("cross-entropy-spatial", nn.CrossEntropyLoss(_W, ignore_index=2), lambda: (_labels(5, 3, 2),), net=_Spatial)
-loss_case("cross-entropy-spatial-sum", nn.CrossEntropyLoss(reduction="sum"), lambda: (_labels(5, 3, 2),), net=_Spatial)
-loss_case("cross-entropy-none", lambda o, y: (F.cross_entropy(o, y, reduction="none") * torch.arange(5)).sum(), lambda: (_labels(5, 3),))
-loss_case("cross-entropy-scaled", lambda o, y: 3.5 * F.cross_entropy(o, y), lambda: (_labels(5, 3),))
-loss_case("focal", lambda o, y: (1 - (-F.cross_entropy(o, y, reduction="none")).exp()).square().mul(F.cross_entropy(o, y, reduction="none")).mean(), lambda: (_labels(5, 3),))
+loss_case(
+    "cross-entropy-ignore-class",
+    nn.CrossEntropyLoss(_W, ignore_index=1, label_smoothing=0.1),
+    lambda: (torch.tensor([0, 1, 2, 2, 1]),),
+)
+loss_case(
+    "cross-entropy-probabilities",
+    nn.CrossEntropyLoss(_W, label_smoothing=0.1),
+    lambda: (torch.randn(5, 3).softmax(-1),),
+)
+loss_case(
+    "cross-entropy-spatial",
+    nn.CrossEntropyLoss(_W, ignore_index=2),
+    lambda: (_labels(5, 3, 2),),
+    net=_Spatial,
+)
+loss_case(
+    "cross-entropy-spatial-sum",
+    nn.CrossEntropyLoss(reduction="sum"),
+    lambda: (_labels(5, 3, 2),),
+    net=_Spatial,
+)
+loss_case(
+    "cross-entropy-none",
+    lambda o, y: (F.cross_entropy(o, y, reduction="none") * torch.arange(5)).sum(),
+    lambda: (_labels(5, 3),),
+)
+loss_case(
+    "cross-entropy-scaled", lambda o, y: 3.5 * F.cross_entropy(o, y), lambda: (_labels(5, 3),)
+)
+loss_case(
+    "focal",
+    lambda o, y: (
+        (1 - (-F.cross_entropy(o, y, reduction="none")).exp())
+        .square()
+        .mul(F.cross_entropy(o, y, reduction="none"))
+        .mean()
+    ),
+    lambda: (_labels(5, 3),),
+)
 loss_case("nll", lambda o, y: F.nll_loss(o.log_softmax(-1), y), lambda: (_labels(5, 3),))
-loss_case("nll-weight-ignore", lambda o, y: F.nll_loss(o.log_softmax(-1), y, _W.to(o.dtype), ignore_index=0), lambda: (torch.tensor([0, 1, 2, 2, 1]),))
-loss_case("nll-sum", lambda o, y: F.nll_loss(o.log_softmax(-1), y, reduction="sum"), lambda: (_labels(5, 3),))
-loss_case("nll-spatial", lambda o, y: F.nll_loss(o.log_softmax(1), y, _W.to(o.dtype)), lambda: (_labels(5, 3, 2),), net=_Spatial)
-loss_case("nll-module", nn.NLLLoss(), lambda: (_labels(5, 3),), net=lambda: nn.Sequential(*_net(3), nn.LogSoftmax(-1)))
-loss_case("bce", nn.BCELoss(), lambda: (torch.rand(5, 3),), net=lambda: nn.Sequential(*_net(3), nn.Sigmoid()))
-loss_case("bce-weight", nn.BCELoss(_W), lambda: (torch.rand(5, 3),), net=lambda: nn.Sequential(*_net(3), nn.Sigmoid()))
-loss_case("bce-logits-weights", nn.BCEWithLogitsLoss(_W, pos_weight=torch.tensor([2.0, 1.0, 3.0])), lambda: (torch.rand(5, 3),))
-loss_case("kl", nn.KLDivLoss(reduction="batchmean"), lambda: (torch.randn(5, 3).softmax(-1),), net=lambda: nn.Sequential(*_net(3), nn.LogSoftmax(-1)))
-loss_case("kl-log-target", nn.KLDivLoss(reduction="sum", log_target=True), lambda: (torch.randn(5, 3).log_softmax(-1),), net=lambda: nn.Sequential(*_net(3), nn.LogSoftmax(-1)))
+loss_case(
+    "nll-weight-ignore",
+    lambda o, y: F.nll_loss(o.log_softmax(-1), y, _W.to(o.dtype), ignore_index=0),
+    lambda: (torch.tensor([0, 1, 2, 2, 1]),),
+)
+loss_case(
+    "nll-sum",
+    lambda o, y: F.nll_loss(o.log_softmax(-1), y, reduction="sum"),
+    lambda: (_labels(5, 3),),
+)
+loss_case(
+    "nll-spatial",
+    lambda o, y: F.nll_loss(o.log_softmax(1), y, _W.to(o.dtype)),
+    lambda: (_labels(5, 3, 2),),
+    net=_Spatial,
+)
+loss_case(
+    "nll-module",
+    nn.NLLLoss(),
+    lambda: (_labels(5, 3),),
+    net=lambda: nn.Sequential(*_net(3), nn.LogSoftmax(-1)),
+)
+loss_case(
+    "bce",
+    nn.BCELoss(),
+    lambda: (torch.rand(5, 3),),
+    net=lambda: nn.Sequential(*_net(3), nn.Sigmoid()),
+)
+loss_case(
+    "bce-weight",
+    nn.BCELoss(_W),
+    lambda: (torch.rand(5, 3),),
+    net=lambda: nn.Sequential(*_net(3), nn.Sigmoid()),
+)
+loss_case(
+    "bce-logits-weights",
+    nn.BCEWithLogitsLoss(_W, pos_weight=torch.tensor([2.0, 1.0, 3.0])),
+    lambda: (torch.rand(5, 3),),
+)
+loss_case(
+    "kl",
+    nn.KLDivLoss(reduction="batchmean"),
+    lambda: (torch.randn(5, 3).softmax(-1),),
+    net=lambda: nn.Sequential(*_net(3), nn.LogSoftmax(-1)),
+)
+loss_case(
+    "kl-log-target",
+    nn.KLDivLoss(reduction="sum", log_target=True),
+    lambda: (torch.randn(5, 3).log_softmax(-1),),
+    net=lambda: nn.Sequential(*_net(3), nn.LogSoftmax(-1)),
+)
 loss_case("multi-margin-weight", nn.MultiMarginLoss(weight=_W), lambda: (_labels(5, 3),), low=False)
-loss_case("multilabel-margin", nn.MultiLabelMarginLoss(), lambda: (torch.tensor([[0, 2, -1], [1, -1, 0], [2, 0, -1], [-1, 0, 1], [0, 1, 2]]),), low=False)
-loss_case("multilabel-soft-margin", nn.MultiLabelSoftMarginLoss(_W), lambda: (torch.randint(2, (5, 3)).float(),))
-loss_case("poisson-full", nn.PoissonNLLLoss(log_input=False, full=True), lambda: (torch.rand(5, 3) * 5,), net=lambda: nn.Sequential(*_net(3), nn.Softplus()))
-loss_case("margin-ranking", lambda o, y: F.margin_ranking_loss(o[:, 0], o[:, 1], y, margin=0.3), lambda: (torch.randn(5).sign(),), low=False)
-loss_case("cosine-embedding", lambda o, other, y: F.cosine_embedding_loss(o, other, y, margin=-0.5), lambda: (torch.randn(5, 3), torch.randn(5).sign()))
-loss_case("cosine-similarity", lambda o, other: 1 - F.cosine_similarity(o, other).mean(), lambda: (torch.randn(5, 3),))
-loss_case("triplet", lambda o, p, n: F.triplet_margin_loss(o, p, n, margin=2.0), lambda: (torch.randn(5, 3), torch.randn(5, 3)))
-loss_case("triplet-swap", lambda o, p, n: F.triplet_margin_loss(o, p, n, margin=2.0, swap=True), lambda: (torch.randn(5, 3), torch.randn(5, 3)))
-loss_case("triplet-distance", nn.TripletMarginWithDistanceLoss(distance_function=nn.PairwiseDistance(), margin=2.0), lambda: (torch.randn(5, 3), torch.randn(5, 3)))
+loss_case(
+    "multilabel-margin",
+    nn.MultiLabelMarginLoss(),
+    lambda: (torch.tensor([[0, 2, -1], [1, -1, 0], [2, 0, -1], [-1, 0, 1], [0, 1, 2]]),),
+    low=False,
+)
+loss_case(
+    "multilabel-soft-margin",
+    nn.MultiLabelSoftMarginLoss(_W),
+    lambda: (torch.randint(2, (5, 3)).float(),),
+)
+loss_case(
+    "poisson-full",
+    nn.PoissonNLLLoss(log_input=False, full=True),
+    lambda: (torch.rand(5, 3) * 5,),
+    net=lambda: nn.Sequential(*_net(3), nn.Softplus()),
+)
+loss_case(
+    "margin-ranking",
+    lambda o, y: F.margin_ranking_loss(o[:, 0], o[:, 1], y, margin=0.3),
+    lambda: (torch.randn(5).sign(),),
+    low=False,
+)
+loss_case(
+    "cosine-embedding",
+    lambda o, other, y: F.cosine_embedding_loss(o, other, y, margin=-0.5),
+    lambda: (torch.randn(5, 3), torch.randn(5).sign()),
+)
+loss_case(
+    "cosine-similarity",
+    lambda o, other: 1 - F.cosine_similarity(o, other).mean(),
+    lambda: (torch.randn(5, 3),),
+)
+loss_case(
+    "triplet",
+    lambda o, p, n: F.triplet_margin_loss(o, p, n, margin=2.0),
+    lambda: (torch.randn(5, 3), torch.randn(5, 3)),
+)
+loss_case(
+    "triplet-swap",
+    lambda o, p, n: F.triplet_margin_loss(o, p, n, margin=2.0, swap=True),
+    lambda: (torch.randn(5, 3), torch.randn(5, 3)),
+)
+loss_case(
+    "triplet-distance",
+    nn.TripletMarginWithDistanceLoss(distance_function=nn.PairwiseDistance(), margin=2.0),
+    lambda: (torch.randn(5, 3), torch.randn(5, 3)),
+)
 loss_case("root-mean-square", lambda o, y: F.mse_loss(o, y).sqrt(), lambda: (torch.randn(5, 3),))
 loss_case("log-cosh", lambda o, y: (o - y).cosh().log().mean(), lambda: (torch.randn(5, 3),))
 
@@ -1004,7 +1187,13 @@ def _gaussian_nll_by_hand(o, y):
     return (0.5 * (var.log() + (o[:, :2] - y).square() / var)).mean()
 
 
-loss_case("gaussian-nll", _gaussian_nll, lambda: (torch.randn(5, 2),), width=4, reference=_gaussian_nll_by_hand)
+loss_case(
+    "gaussian-nll",
+    _gaussian_nll,
+    lambda: (torch.randn(5, 2),),
+    width=4,
+    reference=_gaussian_nll_by_hand,
+)
 loss_case("gaussian-nll-by-hand", _gaussian_nll_by_hand, lambda: (torch.randn(5, 2),), width=4)
 
 
@@ -1044,4 +1233,12 @@ def _ctc_by_hand(log_probs, targets):
     return total
 
 
-loss_case("ctc", _ctc, lambda: (torch.tensor([[1, 2], [1, 1]]),), n=2, net=_CtcNet, reference=_ctc_by_hand, low=False)
+loss_case(
+    "ctc",
+    _ctc,
+    lambda: (torch.tensor([[1, 2], [1, 1]]),),
+    n=2,
+    net=_CtcNet,
+    reference=_ctc_by_hand,
+    low=False,
+)

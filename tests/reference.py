@@ -27,7 +27,8 @@ import contextlib
 import math
 import operator
 from collections import defaultdict
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ class _Graph:
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict):
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            ep = torch.export.export(module, args, kwargs, strict=False)
+            ep = torch.export.export(module, args, kwargs, strict=True)
             ep = ep.run_decompositions(_decompositions())
         sig = ep.graph_signature
         tensors = dict(module.named_parameters(remove_duplicate=False))
@@ -203,7 +204,7 @@ class _Graph:
                 by_name = {n.name: n for n in ep.graph.nodes}
                 self.outputs = [
                     by_name[a.name] if hasattr(a, "name") else None
-                    for a, k in zip(outs, kinds)
+                    for a, k in zip(outs, kinds, strict=True)
                     if k == torch.export.graph_signature.OutputKind.USER_OUTPUT
                 ]
         for node, keep in alias.items():
@@ -279,9 +280,7 @@ def _batch_norm_eval(saved, node, record, x, w, b, rm, rv, momentum, eps):
 
 
 def _batch_norm_no_stats(saved, node, record, x, w, b, training, momentum, eps):
-    return _batch_norm_train(
-        saved, node, False, x, w, b, None, None, momentum, eps
-    )[:3]
+    return _batch_norm_train(saved, node, False, x, w, b, None, None, momentum, eps)[:3]
 
 
 def _hardsigmoid(saved, node, record, x):
@@ -299,7 +298,7 @@ def _weight_norm(saved, node, record, v, g, dim=0):
 def _multilabel_margin(saved, node, record, x, target, reduction=1):
     rows = x.reshape(-1, x.shape[-1])
     losses = []
-    for row, t in zip(rows, target.reshape(-1, x.shape[-1])):
+    for row, t in zip(rows, target.reshape(-1, x.shape[-1]), strict=True):
         labels = []
         for label in t.tolist():
             if label < 0:
@@ -315,23 +314,36 @@ def _multilabel_margin(saved, node, record, x, target, reduction=1):
 
 
 def _embedding_bag(
-    saved, node, record, weight, indices, offsets, scale_grad=False, mode=0, sparse=False,
-    per_sample_weights=None, include_last_offset=False, padding_idx=None,
+    saved,
+    node,
+    record,
+    weight,
+    indices,
+    offsets,
+    scale_grad=False,
+    mode=0,
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=None,
 ):
     ends = [*offsets.tolist()[1:], len(indices)]
     starts = offsets.tolist()
     if include_last_offset:
         starts, ends = starts[:-1], offsets.tolist()[1:]
     bags = []
-    for a, b in zip(starts, ends):
+    for a, b in zip(starts, ends, strict=True):
         keep = [i for i in range(a, b) if indices[i].item() != padding_idx]
         rows = weight[indices[keep]]
         if per_sample_weights is not None:
             rows = rows * per_sample_weights[keep, None]
         bags.append(
-            weight[0] * 0 if not keep
-            else rows.sum(0) if mode == 0
-            else rows.mean(0) if mode == 1
+            weight[0] * 0
+            if not keep
+            else rows.sum(0)
+            if mode == 0
+            else rows.mean(0)
+            if mode == 1
             else rows.amax(0)
         )
     return torch.stack(bags), None, None, None
@@ -353,27 +365,93 @@ _OVERRIDES: dict[Any, Callable] = {
 # --------------------------------------------------------------------------- structure
 
 _CONTRACTIONS = {
-    "mm", "bmm", "addmm", "baddbmm", "addbmm", "linear", "matmul", "mv", "addmv", "dot", "vdot",
-    "bilinear", "_trilinear", "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "einsum", "embedding_bag", "conv_tbc",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "addbmm",
+    "linear",
+    "matmul",
+    "mv",
+    "addmv",
+    "dot",
+    "vdot",
+    "bilinear",
+    "_trilinear",
+    "convolution",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "einsum",
+    "embedding_bag",
+    "conv_tbc",
 }
 # Linear, or linear between kinks, and mixing neighbours: a unit of its own.
 _MIXING = {
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "fractional_max_pool2d",
-    "fractional_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "max_unpool2d", "max_unpool3d", "embedding", "cumsum", "im2col", "col2im",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "max_unpool2d",
+    "max_unpool3d",
+    "embedding",
+    "cumsum",
+    "im2col",
+    "col2im",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
 }
 _REDUCTIONS = {
-    "sum", "mean", "amax", "amin", "prod", "std", "var", "var_mean", "std_mean", "norm",
-    "linalg_vector_norm", "logsumexp", "nll_loss_nd", "kl_div", "binary_cross_entropy",
-    "binary_cross_entropy_with_logits", "cosine_embedding_loss", "hinge_embedding_loss",
-    "huber_loss", "smooth_l1_loss", "l1_loss", "mse_loss", "margin_ranking_loss",
-    "multilabel_margin_loss", "multi_margin_loss", "poisson_nll_loss", "soft_margin_loss",
-    "triplet_margin_loss", "cosine_similarity", "pairwise_distance",
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "std",
+    "var",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "nll_loss_nd",
+    "kl_div",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "smooth_l1_loss",
+    "l1_loss",
+    "mse_loss",
+    "margin_ranking_loss",
+    "multilabel_margin_loss",
+    "multi_margin_loss",
+    "poisson_nll_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+    "cosine_similarity",
+    "pairwise_distance",
 }
 # What is behind these is a constant, a random draw included.
 _STOPS = {
@@ -433,13 +511,19 @@ def _reduced_dims(graph: _Graph, node) -> set[int]:
             return set()
         at = {"linalg_vector_norm": 2, "norm": 2}.get(name, 1)
         dims = node.args[at] if len(node.args) > at else node.kwargs.get("dim")
+        if isinstance(dims, torch.fx.Node):  # a target: a loss for every sample
+            return {1} if name == "nll_loss_nd" else {x.ndim - 1}
         dims = [dims] if isinstance(dims, int) else dims
         return {d % x.ndim for d in dims} if dims else everything
     return set()
 
 
 def _shape(value):
-    value = next((v for v in value if v is not None), None) if isinstance(value, (tuple, list)) else value
+    value = (
+        next((v for v in value if v is not None), None)
+        if isinstance(value, (tuple, list))
+        else value
+    )
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
@@ -479,7 +563,9 @@ def _row_keys(graph: _Graph, part) -> dict:
     for n in part:
         dims = _reduced_dims(graph, n)
         out = _shape(graph.env[n])
-        operands = [a for a in n.all_input_nodes if isinstance(graph.env[a], (torch.Tensor, tuple, list))]
+        operands = [
+            a for a in n.all_input_nodes if isinstance(graph.env[a], (torch.Tensor, tuple, list))
+        ]
         if dims:
             keys[n] = {a for d in dims for a in of(n.args[0])[d]}
         if _op_name(n) in _VIEWS:
@@ -498,9 +584,11 @@ def _row_keys(graph: _Graph, part) -> dict:
                 ]
                 axes[n].append(set().union(*varies) if varies else {(n, d)})
             continue
-        if dims and len(out) != len(_shape(graph.env[n.args[0]])) and len(out) == len(
-            _shape(graph.env[n.args[0]])
-        ) - len(dims):
+        if (
+            dims
+            and len(out) != len(_shape(graph.env[n.args[0]]))
+            and len(out) == len(_shape(graph.env[n.args[0]])) - len(dims)
+        ):
             axes[n] = [a for d, a in enumerate(of(n.args[0])) if d not in dims]
             continue
         mine = [None] * len(out)
@@ -592,7 +680,11 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
 
     active = set(leaves)
     for n in graph.nodes:
-        if _op_name(n) not in _STOPS and differentiable(env[n]) and any(a in active for a in n.all_input_nodes):
+        if (
+            _op_name(n) not in _STOPS
+            and differentiable(env[n])
+            and any(a in active for a in n.all_input_nodes)
+        ):
             active.add(n)
     nodes = [n for n in graph.nodes if n in active]
 
@@ -775,7 +867,7 @@ def reference(
             }
             seeds_at = _recursion(head, {out: (one, one * 0)}, set(tops), units=units)
             seeds: dict = {}
-            for node, w in zip(graph.outputs, values):
+            for node, w in zip(graph.outputs, values, strict=True):
                 for top, v in tops.items():
                     if v is w and top in seeds_at:
                         seeds[node] = seeds_at[top]
@@ -860,4 +952,4 @@ def autograd(model, loss, inputs=(), targets=(), kwargs=None, seed=None):
     grads = torch.autograd.grad(
         value, list(params.values()), allow_unused=True, materialize_grads=True
     )
-    return value.detach(), dict(zip(params, grads))
+    return value.detach(), dict(zip(params, grads, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hesscale_fx
 import pytest
 import torch
 import torch.nn.functional as F
-from hesscale_fx import HesScaleError
 from torch import nn
+
+import hesscale_fx
+from hesscale_fx import HesScaleError
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -252,7 +253,7 @@ def test_gauss_newton_without_a_boundary():
 
 @pytest.mark.parametrize("model", [None, 3, "net", torch.ones(2)])
 def test_something_that_is_no_model(model):
-    with raises((TypeError, ValueError), "model"):
+    with raises((TypeError, ValueError), "Module"):
         hesscale_fx.transform(model)
 
 

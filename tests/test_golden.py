@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hesscale_fx
 import pytest
 import torch
 from helpers import assert_close, relative_error
 from torch import nn
+
+import hesscale_fx
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "official_hesscale.pt", weights_only=True)
 LAYERS = {"Linear", "Tanh", "Sigmoid", "ReLU", "ELU", "Conv2d", "MaxPool2d", "Flatten", "Dropout"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from functools import lru_cache
 
-import hesscale_fx
 import pytest
 import torch
 from helpers import assert_close, cast, relative_error
 from models import CASES
 from reference import autograd, reference
 from torch import nn
+
+import hesscale_fx
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -102,15 +103,31 @@ def _check_low_precision(name, dtype):
     assert error < max(_ROUNDING[dtype], made.tolerance), f"curvature differs by {error:.1e}"
 
 
+# Every case runs in float64; these also run otherwise by default, and all under `-m slow`.
+BROAD = {
+    "mlp-ReLU()", "mlp-GELU(approximate='none')", "mlp-SiLU()", "mlp-PReLU(num_parameters=6)",
+    "mlp-Softmax(dim=-1)", "mlp-GLU(dim=-1)", "mlp-Softplus(beta=1.0, threshold=20.0)",
+    "conv-1d-stride-groups", "conv-2d-reflect", "conv-3d", "conv-transposed-2d", "pool-max-2d",
+    "pool-avg-2d-ceil", "pool-lp-2d", "norm-batch-2d", "norm-batch-2d-eval", "norm-group",
+    "norm-instance-2d", "norm-layer", "norm-rms", "dropout-plain", "resnet", "unet-bilinear",
+    "recurrent-gru", "recurrent-lstm-1-bidirectional", "gpt", "bert", "llama", "multihead-padding",
+    "embedding-bag-mean", "mixture-dense", "actor-critic-categorical", "hand-spelled",
+    "loss-cross-entropy-ignore-class", "loss-cross-entropy-spatial", "loss-mse-sum",
+    "loss-bce-logits-weights", "loss-huber-mean", "loss-kl", "loss-gaussian-nll", "loss-focal",
+}  # fmt: skip
+
+
 def _parameters():
-    """Every case in every dtype, those of one case together: they share a reference."""
+    """Every case in every variant, those of one case together: they share a reference."""
+    assert set(CASES) >= BROAD
     for name, made in CASES.items():
         for variant in ("float64", "float32", "bfloat16", "gauss-newton"):
             if variant != "gauss-newton" or made().loss is not None:
-                yield pytest.param(name, variant, id=f"{name}-{variant}")
+                marks = () if variant == "float64" or name in BROAD else pytest.mark.slow
+                yield pytest.param(name, variant, id=f"{name}-{variant}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "variant"), _parameters())
+@pytest.mark.parametrize(("name", "variant"), list(_parameters()))
 def test_model(name, variant):
     if variant == "float64":
         _check_float64(name, "hesscale")

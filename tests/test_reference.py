@@ -66,7 +66,11 @@ def test_operators_alone_are_not_enough():
 def test_the_last_layer_is_exact(loss):
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x = torch.randn(6, 4).double()
-    y = torch.randint(3, (6,)) if isinstance(loss, nn.CrossEntropyLoss) else torch.randn(6, 3).double()
+    y = (
+        torch.randint(3, (6,))
+        if isinstance(loss, nn.CrossEntropyLoss)
+        else torch.randn(6, 3).double()
+    )
     got = reference(net, loss, (x,), (y,))
     last = {n: p for n, p in net.named_parameters() if n.startswith("2.")}
     exact = exact_hessian_diagonal(lambda: loss(net(x), y), last)
@@ -79,7 +83,7 @@ def test_spelling_does_not_matter():
     """GRU: torch's layer, torch's cell in a loop."""
     layer = nn.GRU(3, 4, batch_first=True).double()
     cell = nn.GRUCell(3, 4).double()
-    for (_, a), (_, b) in zip(layer.named_parameters(), cell.named_parameters()):
+    for (_, a), (_, b) in zip(layer.named_parameters(), cell.named_parameters(), strict=True):
         b.data.copy_(a.data)
     x, w = torch.randn(2, 3, 3).double(), torch.randn(4).double()
 
@@ -103,11 +107,15 @@ def test_spelling_does_not_matter():
             return (self.layer(x)[0][:, -1] * w).sin().mean()
 
     one, other = reference(Loop(), None, (x,)), reference(Layer(), None, (x,))
-    for a, b in zip(cell.named_parameters(), layer.named_parameters()):
-        assert relative_error(one.hess_diag["cell." + a[0]], other.hess_diag["layer." + b[0]]) < 1e-12
+    for a, b in zip(cell.named_parameters(), layer.named_parameters(), strict=True):
+        assert (
+            relative_error(one.hess_diag["cell." + a[0]], other.hess_diag["layer." + b[0]]) < 1e-12
+        )
 
 
-@pytest.mark.parametrize("name", ["gpt-dropout", "resnet", "recurrent-lstm-dropout", "llama", "detach"])
+@pytest.mark.parametrize(
+    "name", ["gpt-dropout", "resnet", "recurrent-lstm-dropout", "llama", "detach"]
+)
 def test_gradients_are_autograd_s(name):
     built = CASES[name]()
     inputs, targets = cast(built.inputs, torch.float64), cast(built.targets, torch.float64)
