@@ -13,10 +13,12 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 
 from hesscale_fx.analysis.activity import active_nodes, ancestors
-from hesscale_fx.analysis.primitives import write_out
+from hesscale_fx.analysis.exactness import State as Exactness
+from hesscale_fx.analysis.exactness import exactness
+from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.units import Partition
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture
-from hesscale_fx.emit import Emission
+from hesscale_fx.emit import Emission, source_name
 from hesscale_fx.errors import (
     InvalidArgumentError,
     InvalidModelError,
@@ -26,6 +28,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.methods import METHODS, Method
 from hesscale_fx.module import HesScaleModule, Program, State
+from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 
 log = logging.getLogger("hesscale_fx")
@@ -212,7 +215,10 @@ class Builder:
             inside if self.method.needs_boundary else None,
         )
         check_supported(partition, primitives.source)
-        emission = Emission(captured, primitives, partition.units, inside, self.method, fake_mode)
+        states, exact = exactness(partition)
+        emission = Emission(
+            captured, primitives, partition.units, states, inside, self.method, fake_mode
+        )
         graph = emission.run(outputs)
         constants = self._name_attributes(graph, captured)
         return Program(
@@ -220,7 +226,10 @@ class Builder:
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            info={"primitives": primitives, "units": partition.units, "captured": captured},
+            report=report_of(self.method, outputs, primitives, exact),
+            captured=captured,
+            primitives=primitives,
+            units=partition.units,
         )
 
     def _outputs(self, captured: Captured) -> dict[str, Leaf]:
@@ -252,6 +261,23 @@ class Builder:
                 node.target = name + suffix if name in constants else name.removeprefix("model.")
         self._built += 1
         return {name + suffix: value for name, value in constants.items()}
+
+
+def report_of(
+    method: Method,
+    outputs: Mapping[str, Leaf],
+    primitives: Primitives,
+    states: Mapping[fx.Node, Exactness],
+) -> Report:
+    """What the analysis found, by parameter."""
+    entries = {}
+    for name, leaf in outputs.items():
+        state = states.get(primitives.of[leaf.node], Exactness())
+        lost = dict.fromkeys(primitives.source[n] for n in state.lost)
+        losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
+        entries[name] = Entry(state.exact, losses)
+    of = "Gauss-Newton" if method.needs_boundary else "Hessian"
+    return Report(entries, of)
 
 
 def matches(name: str, pattern: str) -> bool:

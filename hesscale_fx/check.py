@@ -145,8 +145,11 @@ def floating_outputs(result: Any) -> list[Tensor]:
 def exact(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian diagonal by double backward, one coordinate at a time."""
     x = x.detach().clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True, materialize_grads=True)
     diagonal = torch.zeros(x.numel(), dtype=x.dtype)
+    value = loss(x)
+    if not value.requires_grad:
+        return torch.zeros_like(x), diagonal.reshape(x.shape)
+    (grad,) = torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)
     if grad.requires_grad:
         for i, entry in enumerate(grad.reshape(-1)):
             (row,) = torch.autograd.grad(entry, x, retain_graph=True, materialize_grads=True)

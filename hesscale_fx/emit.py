@@ -7,7 +7,7 @@ its values and marks every node with where it came from.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from hesscale_fx import structures
+from hesscale_fx.analysis.exactness import State
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.backward import reverse
@@ -37,6 +38,7 @@ class Origin:
     role: str
     unit: Unit | None
     is_result: bool = False  # the value of the source itself, not a step on the way
+    exact: bool = True
 
 
 class Emission:
@@ -47,6 +49,7 @@ class Emission:
         captured: Captured,
         primitives: Primitives,
         units: list[Unit],
+        exactness: Mapping[tuple[fx.Node, Unit | None], State],
         inside: set[fx.Node],
         method: Method,
         fake_mode: Any,
@@ -54,6 +57,7 @@ class Emission:
         self._captured = captured
         self._primitives = primitives
         self._units = units
+        self._exactness = exactness
         self._inside = inside
         self._method = method
         self._tracer = Tracer(fake_mode)
@@ -245,14 +249,22 @@ class Emission:
         return next(iter(reversed(nodes)), None)
 
     def _scope(self, node: fx.Node, unit: Unit | None, role: str) -> Any:
-        return self._marked(Origin(self._primitives.source[node], role, unit))
+        exact = (
+            role == "grad" or unit is None or all(self._is_exact((n, unit)) for n in unit.outputs)
+        )
+        return self._marked(Origin(self._primitives.source[node], role, unit, exact=exact))
 
     def _mark_result(self, node: fx.Node, unit: Unit | None, role: str, value: Tensor) -> None:
         """`value` is what `unit` gives to `node`: name it after that node."""
         made = self._tracer.node(value)
         found = self._origin.get(made)
         if found is not None and found.unit is unit and found.role == role:
-            self._origin[made] = Origin(self._primitives.source[node], role, unit, True)
+            slot = next((s for s in unit.inputs if s[0] is node), None) if unit else None
+            exact = role == "grad" or slot is None or self._is_exact(slot)
+            self._origin[made] = Origin(self._primitives.source[node], role, unit, True, exact)
+
+    def _is_exact(self, slot: tuple[fx.Node, Unit | None]) -> bool:
+        return self._exactness.get(slot, State()).exact
 
     def _finish(self, graph: fx.Graph) -> None:
         for node in self._attributes:
@@ -348,5 +360,6 @@ def annotate(graph: fx.Graph, origin: dict[fx.Node, Origin]) -> None:
             "source": source_name(source),
             "role": ROLE.get(found.role, found.role),
             "rule": unit.structure if unit is not None else "",
+            "exact": found.exact,
         }
         node.meta["custom"] = {**(node.meta.get("custom") or {}), "hesscale": mark}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch.fx
 
 
@@ -58,4 +60,5 @@ def source_line(node: torch.fx.Node) -> str:
     if not own and not frames:
         return ""
     where, code = (own or frames)[-1]
-    return f"{where.removeprefix('File ')}: {code}"
+    found = re.match(r'File "(.*)", line (\d+)', where)
+    return f"{found[1]}:{found[2]}: {code}" if found else code

@@ -6,16 +6,21 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from hesscale_fx.analysis.primitives import Primitives
+from hesscale_fx.analysis.units import Unit
+from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
+from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import Signature
+from hesscale_fx.verify import graph_loss, model_loss, verify
 
 
 class Result(NamedTuple):
@@ -74,7 +79,10 @@ class Program:
     signature: Signature
     state: State  # of the model that the graph serves
     constants: dict[str, Tensor]
-    info: dict[str, Any] = field(default_factory=dict)
+    report: Report
+    captured: Captured
+    primitives: Primitives
+    units: list[Unit]
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
@@ -85,7 +93,10 @@ class Program:
             self.signature,
             self.state,
             self.constants,
-            self.info,
+            self.report,
+            self.captured,
+            self.primitives,
+            self.units,
             self.function,
             self.asserts,
             self.code,
@@ -108,7 +119,7 @@ class HesScaleModule(fx.GraphModule):
         self,
         model: nn.Module,
         loss: nn.Module | None,
-        build: Callable[[tuple, Mapping[str, Any]], Program],
+        build: Any,  # makes the program for given arguments
         lazy: bool,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), "HesScaleModule")
@@ -118,6 +129,7 @@ class HesScaleModule(fx.GraphModule):
         self._lazy = lazy
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._active: Program | None = None
+        self._compile_later: tuple[tuple, dict[str, Any]] | None = None
         self._link()
 
     def _link(self) -> None:
@@ -240,6 +252,10 @@ class HesScaleModule(fx.GraphModule):
         self._link()
         self._activate(program)
         self.recompile()
+        if self._compile_later is not None:
+            args_, kwargs_ = self._compile_later
+            self._compile_later = None
+            super().compile(*args_, **kwargs_)
         return program, program.signature.flatten(args, kwargs)
 
     def _activate(self, program: Program) -> None:
@@ -271,6 +287,78 @@ class HesScaleModule(fx.GraphModule):
                 f"otherwise in this call than at capture, where {str(error).split(': ')[-1]}: the "
                 "arguments are invalid, or the model must be transformed again with such ones."
             ) from None
+
+    # --- what is exact ---------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Say for each parameter whether its diagonal is exact, and if not, why.
+
+        Returns:
+            A mapping from parameter name to ``exact`` and the places where an off-diagonal part was
+            dropped, with the user's source lines; print it for a table. The analysis is sound:
+            what it calls exact is exact. It may call an exact diagonal approximate.
+
+        Example:
+            >>> import torch, hesscale_fx
+            >>> from torch import nn
+            >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+            >>> hs = hesscale_fx.transform(net, nn.CrossEntropyLoss())
+            >>> _ = hs.materialize(torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0]))
+            >>> hs.report()["2.weight"].exact, hs.report()["0.weight"].exact
+            (True, False)
+        """
+        return self._program().report
+
+    def verify(self, *args: Any, samples: int = 64, seed: int = 0, **kwargs: Any) -> Verification:
+        """Measure the error of the diagonals on your own data.
+
+        Draws coordinates of each parameter and computes the exact Hessian diagonal there by
+        Hessian-vector products through plain autograd on the original model. Parameters, buffers
+        and the random state are left as they were; memory does not grow with `samples`.
+
+        Args:
+            *args: what a call would get: inputs, then targets.
+            samples: coordinates per parameter; all of them where there are fewer.
+            seed: of the draw.
+            **kwargs: the model's keyword arguments.
+
+        Returns:
+            For each parameter and overall the relative L1 error, the correlation and the share of
+            equal signs; print it for a table.
+        """
+        program, tensors = self._find(args, kwargs)
+        state = torch.get_rng_state()
+        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        out = self(*args, **kwargs)
+        with torch.no_grad():
+            for name, buffer in self._model.named_buffers():
+                buffer.copy_(buffers[name])
+        after = torch.get_rng_state()
+        step, names = self._build.step, self._build.names
+        step.bind(args, kwargs)
+        inputs = [i.name for i in program.signature.inputs]
+        start = {
+            **dict(zip(inputs, tensors, strict=True)),
+            **{name: p.detach() for name, (_, p) in names.items()},
+        }
+        buffers = {n.removeprefix("model."): b for n, b in step.named_buffers()}
+        primitives = program.primitives
+        losses = [
+            model_loss(step, {n: inner for n, (inner, _) in names.items()}, inputs, tensors),
+            graph_loss(program.captured, primitives.graph, primitives.of, {**start, **buffers}),
+        ]
+        chosen = {name: start[name] for name in out.hess_diag}
+        try:
+            return verify(losses, state, chosen, out.hess_diag, samples, seed)
+        finally:
+            torch.set_rng_state(after)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile calls with `torch.compile`; before the first capture, from then on."""
+        if self._active is None:
+            self._compile_later = (args, kwargs)
+        else:
+            super().compile(*args, **kwargs)
 
     # --- what a module does ---------------------------------------------------------------------
 

@@ -117,6 +117,8 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             # Strides at run time need not be those that the tracer saw.
             node.target = aten.reshape.default
+        elif node.target is aten.sym_numel.default:
+            expand_numel(graph, node)
     constants = Constants()
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
@@ -129,6 +131,28 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
+    """Sizes one by one, which torch.compile knows."""
+    (x,) = node.args
+    product: Any = 1
+    with graph.inserting_before(node):
+        for dim, size in enumerate(x.meta["val"].shape):  # type: ignore[union-attr]
+            factor: Any = size
+            if not isinstance(size, int):
+                factor = graph.call_function(aten.sym_size.int, (x, dim))
+                factor.meta["val"] = size
+            if isinstance(product, int) and isinstance(factor, int):
+                product = product * factor
+            elif product == 1:
+                product = factor
+            else:
+                product = graph.call_function(operator.mul, (product, factor))
+    if isinstance(product, fx.Node):
+        product.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
 
 
 def fold(node: fx.Node, constants: Constants) -> fx.Node | None:

@@ -109,13 +109,18 @@ class Partition:
         flat = {self._loss}
         for node in reversed(self._nodes):
             users = self._users[node]
-            if users and all(u in flat and self._is_linear(u) for u in users):
+            if users and all(u in flat and self.is_linear(u) for u in users):
                 flat.add(node)
         # An operator with a definition is flat as a whole or not at all.
         curved = {self._source[n] for n in self._nodes if n not in flat}
         return {n for n in flat if self._source[n] not in curved}
 
-    def _is_linear(self, node: fx.Node) -> bool:
+    def is_flat(self, node: fx.Node) -> bool:
+        """Whether the Hessian of a node is zero."""
+        return node in self._flat
+
+    def is_linear(self, node: fx.Node) -> bool:
+        """Whether an operator is linear in all its differentiated operands jointly."""
         if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
             return True
         operands = [a for a in operands_of(node) if a in self._active]

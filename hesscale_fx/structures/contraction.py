@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, widen
@@ -45,3 +46,41 @@ class ContractionAt:
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
         return [None] * len(self.call.active)
+
+
+@dataclass(frozen=True)
+class Trilinear:
+    """A sum over some dimensions of the product of three broadcast operands.
+
+    The entries of J for one operand are sums of products of the other two. For `nn.Bilinear`.
+    """
+
+    name: str = "contraction"
+    linear: bool = False
+
+    def at(self, call: Call) -> TrilinearAt:
+        return TrilinearAt(call)
+
+
+class TrilinearAt(ContractionAt):
+    def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
+        if s[0] is None:
+            return [None] * len(self.call.active)
+        return [self._squared_vjp(s[0], i) for i in self.call.active]
+
+    def _squared_vjp(self, s: Tensor, active: int) -> Tensor:
+        *operands, e1, e2, e3, summed, _ = self._arguments()
+        rank = operands[0].dim() + len(e1)
+        # Letters of each operand's dimensions, without those it is broadcast along.
+        dims = [[d for d in range(rank) if d not in expanded] for expanded in (e1, e2, e3)]
+        out = [d for d in range(rank) if d not in summed]
+        mine = dims.pop(active)
+        operands.pop(active)
+        (a, b), (da, db) = [widen(v) for v in operands], dims
+        kept = sorted({*da, *db} & {*mine, *out})
+        entries = torch.einsum(a, da, b, db, kept)
+        return torch.einsum(s, out, entries.square(), kept, mine)
+
+    def _arguments(self) -> list[Any]:
+        args = list(torch.utils._pytree.tree_unflatten(self.call.leaves, self.call.spec)[0])
+        return args + [1] * (8 - len(args))

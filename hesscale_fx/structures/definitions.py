@@ -259,21 +259,6 @@ def batch_norm_eval(
     return (*batch_norm(x, weight, bias, mean, var, False, momentum, eps)[:1], None, None)
 
 
-@defines(aten.batch_norm.default)
-def batch_norm_composite(
-    x: Tensor,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    return batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]
-
-
 @defines(aten.native_dropout.default, reads_outputs=True)
 def native_dropout(x: Tensor, p: float, train: bool | None = True, *, saved: Any = None) -> Any:
     """The mask is drawn once, by the operator itself; here it is a constant."""
@@ -304,6 +289,17 @@ def hardsigmoid(x: Tensor) -> Tensor:
     """Autograd cannot differentiate its backward; at the kinks the derivative is zero."""
     ramp = x * (1 / 6) + 0.5
     return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, ramp)).to(x.dtype)
+
+
+@defines(aten.masked_fill.Tensor)
+def masked_fill(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return torch.where(mask, value, x)
+
+
+@defines(aten.dot.default, aten.vdot.default)
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """A row, not a contraction: the two may be one tensor."""
+    return (x * y).sum()
 
 
 # --- replaced at capture ------------------------------------------------------------------------
@@ -443,21 +439,6 @@ def embedding_bag(
 
 def reduced(loss: Tensor, reduction: int) -> Tensor:
     return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
-
-
-@defines(aten.multi_margin_loss.default, at_capture=True)
-def multi_margin_loss(
-    x: Tensor, target: Tensor, p: Any = 1, margin: Any = 1, weight: Any = None, reduction: int = 1
-) -> Tensor:
-    rows = x if x.dim() == 2 else x.unsqueeze(0)
-    index = target.reshape(-1, 1)
-    hinge = (margin - rows.gather(1, index) + rows).clamp(min=0)
-    hinge = hinge if p == 1 else hinge * hinge
-    if weight is not None:
-        hinge = hinge * weight[index]
-    other = torch.arange(rows.shape[1], device=x.device) != index
-    loss = (hinge * other.to(x.dtype)).sum(1) / rows.shape[1]
-    return reduced(loss if x.dim() == 2 else loss.squeeze(0), reduction)
 
 
 @defines(aten.multilabel_margin_loss.default, at_capture=True)

@@ -123,13 +123,13 @@ class SeparableAt(SelectionAt):
         size = x.shape[dim]
         spatial = [size if d == dim else 1 for d in range(first, x.dim())]
         identity = torch.eye(size, dtype=x.dtype, device=x.device)
-        # The rows of the identity stand where channels are.
-        probe = identity.reshape([1] * (first - 1) + [size] + spatial)
-        probe = probe.expand([1] * (first - 1) + [size] + list(x.shape[first:]))
+        # The rows of the identity stand where the batch is (the channels, if there is none).
+        probe = identity.reshape([size] + [1] * (first - 1) + spatial)
+        probe = probe.expand([size] + [1] * (first - 1) + list(x.shape[first:]))
         leaves = list(self.call.leaves)
         leaves[self.call.active[0]] = probe.contiguous()
         response = self.call.run(leaves)[0]
         for d in range(x.dim() - 1, -1, -1):
-            if d not in (first - 1, dim):
+            if d not in (0, dim):
                 response = response.select(d, 0)
         return response

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
 from hesscale_fx.structures.base import Call, Structure, widen
-from hesscale_fx.structures.contraction import Contraction
+from hesscale_fx.structures.contraction import Contraction, Trilinear
 from hesscale_fx.structures.selection import (
     ManyToOne,
     ScaledSelection,
@@ -26,47 +26,64 @@ aten = torch.ops.aten
 
 
 def packets(*names: str) -> list[Any]:
-    """Every overload of the named ATen operators that this version of torch has."""
+    """The overloads of the named ATen operators that this version of torch has.
+
+    Those that are functions of tensors: no out-variants, and none of lists or strings.
+    """
     found = []
     for name in names:
         packet = getattr(aten, name, None)
         if packet is not None:
-            found += [getattr(packet, o) for o in packet.overloads() if "out" not in o.split("_")]
-    return found
+            found += [getattr(packet, o) for o in packet.overloads()]
+    return [op for op in found if is_function_of_tensors(op)]
+
+
+def is_function_of_tensors(op: Any) -> bool:
+    schema = op._schema
+    takes_tensor = any("Tensor" in str(a.type) for a in schema.arguments)
+    # Written out by every trace: TorchScript's spelling of lists of optional tensors.
+    return takes_tensor and not schema.is_mutable and not op._overloadname.endswith("hacked_twin")
 
 
 SELECTION = packets(
     # indexing
-    "slice", "select", "index", "index_select", "gather", "take", "take_along_dim", "narrow",
+    "slice", "select", "index", "index_select", "gather", "take", "take_along_dim",
     "slice_scatter", "select_scatter", "diagonal", "diagonal_scatter", "diag_embed", "triu",
-    "tril", "unfold", "as_strided", "masked_select", "masked_scatter", "scatter", "scatter_add",
+    "tril", "unfold", "as_strided", "masked_select", "masked_scatter", "scatter_add",
     "index_put", "_unsafe_index", "_unsafe_index_put", "index_copy", "index_fill", "put", "trace",
-    "unbind", "split", "split_with_sizes", "chunk", "_unsafe_masked_index",
+    "unbind", "split_with_sizes", "_unsafe_masked_index",
     "_unsafe_masked_index_put_accumulate", "embedding",
     # rearranging
     "cat", "stack", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d",
     "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "repeat",
-    "repeat_interleave", "roll", "flip", "rot90", "im2col", "col2im", "pixel_shuffle",
+    "roll", "flip", "rot90", "im2col", "col2im", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
     "_upsample_nearest_exact3d",
     # choosing
-    "sort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin",
+    "sort", "topk", "kthvalue", "mode", "cummax", "cummin",
     "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d",
     "adaptive_max_pool3d", "fractional_max_pool2d", "fractional_max_pool3d", "max_unpool2d",
     "max_unpool3d",
     # adding
     "cumsum",
 )  # fmt: skip
-# max.dim and min.dim choose; full reductions share a gradient among ties and are no selections.
-SELECTION += [aten.max.dim, aten.min.dim]
+# Scatter's reductions have no derivative.
+SELECTION += [
+    aten.split.Tensor, aten.scatter.src, aten.scatter.value, aten.repeat_interleave.self_int,
+    aten.repeat_interleave.self_Tensor, aten.max.dim, aten.min.dim, aten.median.dim,
+    aten.nanmedian.dim,
+]  # fmt: skip
 
-CONTRACTION = packets(
-    "mm", "bmm", "mv", "dot", "vdot", "linear", "convolution", "_trilinear", "prod", "cumprod",
-)  # fmt: skip
+CONTRACTION = [
+    aten.mm.default, aten.bmm.default, *packets("mv", "linear", "convolution", "prod", "cumprod"),
+]  # fmt: skip
 
-MANY_TO_ONE = packets("nll_loss_forward", "nll_loss2d_forward")
-# With ties a maximum shares its derivative, so these are no selections.
+# Unlike along one dimension, the median of all shares its derivative among ties.
+MANY_TO_ONE = [
+    *packets("nll_loss_forward", "nll_loss2d_forward"), aten.median.default, aten.nanmedian.default,
+]  # fmt: skip
+# As a maximum here does.
 TIES = packets("scatter_reduce")
 
 
@@ -92,10 +109,12 @@ SEPARABLE = {
     **{
         op: Separable(2)
         for op in packets(
-            "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_bicubic2d",
-            "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+            "_adaptive_avg_pool2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
         )
     },
+    # Every trace writes out their other overload.
+    aten.upsample_bilinear2d.vec: Separable(2),
+    aten.upsample_bicubic2d.vec: Separable(2),
     **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
 }  # fmt: skip
 
@@ -104,27 +123,27 @@ TABLE: dict[Any, Structure] = {
     **{op: Contraction() for op in CONTRACTION},
     **{op: ManyToOne() for op in MANY_TO_ONE},
     **{op: ManyToOne(accepts=reduces_linearly) for op in TIES},
+    aten._trilinear.default: Trilinear(),
     **SCALED,
     **SEPARABLE,
 }
 
 # Bijections of elements and broadcasts: regions see through them.
-VIEWS = set(
-    packets(
-        "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze",
-        "expand", "flatten", "unflatten", "_reshape_alias", "movedim", "expand_as", "view_as",
-    )
-)  # fmt: skip
+VIEWS = {
+    *packets(
+        "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
+        "_reshape_alias",
+    ),
+    aten.view.default,
+}  # fmt: skip
 # Identities in value: they change memory or dtype only.
-IDENTITIES = set(
-    packets("clone", "contiguous", "_to_copy", "to", "alias", "lift_fresh_copy", "type_as")
-)
+IDENTITIES = set(packets("clone", "_to_copy", "alias"))
 REDUCTIONS = {
     aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default,
     aten.amin.default, aten.max.default, aten.min.default,
 }  # fmt: skip
 # Pointwise in fact, though without the tag.
-POINTWISE = set(packets("masked_fill", "where", "rsub"))
+POINTWISE = {aten.masked_fill.Scalar, *packets("where", "rsub")}
 
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
 LINEAR_POINTWISE = set(packets("add", "sub", "neg", "rsub", "where", "masked_fill", "positive"))
@@ -164,7 +183,8 @@ def is_region(op: Any) -> bool:
 
 def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | None:
     """The structure of a call of an operator that is a unit of its own, or None."""
-    structure = TABLE.get(op)
+    # A view that regions cannot see through, its sizes having no common factors.
+    structure = Selection() if op in VIEWS else TABLE.get(op)
     accepts = getattr(structure, "accepts", None)
     return structure if accepts is None or accepts(args, kwargs or {}) else None
 
