@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -121,7 +121,7 @@ class Verification(Mapping[str, Agreement]):
     __repr__ = __str__
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Columns of text, aligned."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = [

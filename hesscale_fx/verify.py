@@ -58,7 +58,7 @@ def graph_loss(
         for node in graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = node.target(*args, **kwargs)
         return env[of[captured.loss]]
 
     return loss
