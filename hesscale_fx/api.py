@@ -95,6 +95,11 @@ def transform(
     """
     builder = Builder(model, loss, method, wrt, dynamic)
     hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise InvalidArgumentError(
+            f"example_inputs must be the tuple of arguments that hs will be called with, not "
+            f"{type(example_inputs).__name__}: write example_inputs=(x, y)."
+        )
     if example_inputs is not None:
         hs._capture(tuple(example_inputs), dict(example_kwargs or {}))
     elif example_kwargs is not None:
@@ -164,6 +169,11 @@ class Builder:
                 raise UnknownNameError(f"wrt={wrt!r} matches no parameter.")
         if callable(wrt) and not chosen:
             raise UnknownNameError("The predicate given as wrt matches no parameter.")
+        if not chosen and not self.wants_inputs:
+            raise InvalidArgumentError(
+                "There is no parameter to differentiate: none requires grad. Set requires_grad, or "
+                "say what to differentiate with wrt, e.g. wrt='inputs'."
+            )
         for name in chosen:
             if self.names[name][1].is_complex():
                 raise InvalidModelError(
@@ -246,6 +256,10 @@ class Builder:
             for leaf in captured.leaves:
                 if leaf.kind == "input" and leaf.node.meta["val"].is_floating_point():
                     outputs[leaf.name] = leaf
+        if not outputs:
+            raise InvalidArgumentError(
+                "wrt='inputs' asks for floating-point inputs, but none of the inputs is one."
+            )
         return outputs
 
     def _name_attributes(self, graph: fx.Graph, captured: Captured) -> dict[str, torch.Tensor]:

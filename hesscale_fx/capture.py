@@ -11,6 +11,8 @@ import functools
 import inspect
 import io
 import logging
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -36,6 +38,7 @@ from hesscale_fx.errors import (
 from hesscale_fx.signature import TENSOR
 
 aten = torch.ops.aten
+HERE = os.path.dirname(__file__)
 log = logging.getLogger("hesscale_fx")
 
 
@@ -322,12 +325,9 @@ def explain(error: Exception, step: Step) -> str:
     if type(error).__name__ not in reason:
         reason = f"{type(error).__name__}: {reason}"
     where = ""
-    frame = error.__traceback__
-    while frame is not None:
-        name = frame.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "hesscale_fx" not in name and "<eval_with_key>" not in name:
-            where = f" at {name}:{frame.tb_lineno}"
-        frame = frame.tb_next
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/torch/" not in frame.filename and not frame.filename.startswith((HERE, "<eval")):
+            where = f" at {frame.filename}:{frame.lineno}: {frame.line}"
     name = type(step.model).__name__
     return (
         f"{name} cannot be captured{where}: {reason[:300]}\n"
@@ -369,6 +369,7 @@ def positional_names(function: Callable, count: int, default: str) -> list[str]:
 
 def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     """Decompose an exported program to the pinned level and read off its signature."""
+    detach_no_grad(program.graph_module)
     with quiet(), no_autocast():
         program = program.run_decompositions(decompositions())
     graph = program.graph_module.graph
@@ -403,6 +404,21 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         ),
         guards=guards_of(leaves),
     )
+
+
+def detach_no_grad(module: fx.GraphModule) -> None:
+    """Detach what the model computes under torch.no_grad(); decomposing forgets the mode."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled and not node.args[0]:
+            for part in list(node.users):
+                with module.graph.inserting_after(part):
+                    constant = module.graph.call_function(aten.detach.default, (part,))
+                constant.meta.update(part.meta)
+                part.replace_all_uses_with(constant, lambda user, new=constant: user is not new)
+        elif node.op == "get_attr":
+            inner = getattr(module, str(node.target), None)
+            if isinstance(inner, fx.GraphModule):
+                detach_no_grad(inner)
 
 
 def read_inputs(program: Any, step: Step, names: list[str]) -> list[Leaf]:

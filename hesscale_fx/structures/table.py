@@ -47,7 +47,7 @@ def is_function_of_tensors(op: Any) -> bool:
 
 SELECTION = packets(
     # indexing
-    "slice", "select", "index", "index_select", "gather", "take", "take_along_dim",
+    "slice", "select", "index_select", "gather", "take", "take_along_dim",
     "slice_scatter", "select_scatter", "diagonal", "diagonal_scatter", "diag_embed", "triu",
     "tril", "unfold", "as_strided", "masked_select", "masked_scatter", "scatter_add",
     "index_put", "_unsafe_index", "_unsafe_index_put", "index_copy", "index_fill", "put", "trace",
@@ -70,7 +70,7 @@ SELECTION = packets(
 )  # fmt: skip
 # Scatter's reductions have no derivative.
 SELECTION += [
-    aten.split.Tensor, aten.scatter.src, aten.scatter.value, aten.repeat_interleave.self_int,
+    aten.index.Tensor, aten.split.Tensor, aten.scatter.src, aten.scatter.value, aten.repeat_interleave.self_int,
     aten.repeat_interleave.self_Tensor, aten.max.dim, aten.min.dim, aten.median.dim,
     aten.nanmedian.dim,
 ]  # fmt: skip
@@ -143,7 +143,10 @@ REDUCTIONS = {
     aten.amin.default, aten.max.default, aten.min.default,
 }  # fmt: skip
 # Pointwise in fact, though without the tag.
-POINTWISE = {aten.masked_fill.Scalar, *packets("where", "rsub")}
+POINTWISE = {
+    aten.masked_fill.Scalar, aten.where.self, aten.where.Scalar, aten.where.ScalarSelf,
+    aten.where.ScalarOther, *packets("rsub"),
+}  # fmt: skip
 
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
 LINEAR_POINTWISE = set(packets("add", "sub", "neg", "rsub", "where", "masked_fill", "positive"))
