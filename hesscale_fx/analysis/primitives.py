@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from hesscale_fx import structures
@@ -22,63 +24,121 @@ class Primitives:
     to the captured node it came from.
     """
 
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    of: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    source: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    # Captured nodes that were written out.
+    defined: set[fx.Node] = field(default_factory=set)
+    # Nodes that repeat a captured multi-output call as it is.
+    whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+@dataclass
+class Template:
+    """A definition traced once, for operands of one kind."""
+
     graph: fx.Graph
-    of: dict[fx.Node, fx.Node]
-    source: dict[fx.Node, fx.Node]
-    defined: set[fx.Node]  # captured nodes that were written out
-    whole: dict[fx.Node, fx.Node]  # nodes that repeat a captured multi-output call as it is
+    outputs: list[fx.Node | None]
 
 
 def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:
     """The same graph with every operator that has a definition replaced by it."""
+    result = Primitives()
+    parts: dict[fx.Node, list[fx.Node]] = {}  # of a multi-output call, its outputs
+    templates: dict[Any, Template] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        value = node.meta.get("val")
+        if node.target is operator.getitem and node.args[0] in parts:
+            result.of[node] = parts[node.args[0]][node.args[1]]
+            continue
+        definition = structures.definition_of(node.target)
+        written = definition is not None and is_floating(node)
+        several = isinstance(value, (tuple, list))
+        if not written or several:
+            copy = result.graph.node_copy(node, result.of.__getitem__)
+            result.source[copy] = node
+            result.of[node] = copy
+            if several:
+                result.whole[copy] = node
+                parts[node] = _parts_of(copy, value, result, node)
+        if written:
+            outputs = _inline(node, definition, parts.get(node), result, templates, fake_mode)
+            result.defined.add(node)
+            if several:
+                parts[node] = [w or p for w, p in zip(outputs, parts[node], strict=True)]
+            else:
+                assert outputs[0] is not None
+                result.of[node] = outputs[0]
+    return result
+
+
+def _parts_of(copy: fx.Node, value: Any, result: Primitives, node: fx.Node) -> list[fx.Node]:
+    found = []
+    for index, part in enumerate(value):
+        item = result.graph.call_function(operator.getitem, (copy, index))
+        item.meta["val"] = part
+        result.source[item] = node
+        found.append(item)
+    return found
+
+
+def _inline(
+    node: fx.Node,
+    definition: Any,
+    parts: list[fx.Node] | None,
+    result: Primitives,
+    templates: dict[Any, Template],
+    fake_mode: Any,
+) -> list[fx.Node | None]:
+    """Add the definition of `node`; give the primitive node of each output that it defines."""
+    leaves, spec = pytree.tree_flatten((tuple(node.args), dict(node.kwargs)))
+    operands = [result.of[v] for v in leaves if isinstance(v, fx.Node)]
+    saved = parts if node.target in definitions.READS_OUTPUTS and parts else []
+    inputs = [*operands, *saved]
+    constants = [None if isinstance(v, fx.Node) else v for v in leaves]
+    key = (node.target, repr(constants), repr(spec), tuple(kind_of(n) for n in inputs))
+    if key not in templates:
+
+        def call(values: list[Any]) -> Any:
+            rest = iter(values)
+            filled = [next(rest) if isinstance(v, fx.Node) else v for v in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            if saved:
+                kwargs["saved"] = [v.detach() for v in rest]
+            return definition(*args, **kwargs)
+
+        templates[key] = _trace(call, [n.meta["val"] for n in inputs], fake_mode)
+    template = templates[key]
+    env: dict[fx.Node, fx.Node] = {}
+    pending = iter(inputs)
+    for inner in template.graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(pending)
+            continue
+        env[inner] = result.graph.node_copy(inner, env.__getitem__)
+        env[inner].meta["stack_trace"] = node.meta.get("stack_trace")
+        result.source[env[inner]] = node
+    return [None if o is None else env[o] for o in template.outputs]
+
+
+def _trace(call: Callable[[list[Any]], Any], values: list[Any], fake_mode: Any) -> Template:
     tracer = Tracer(fake_mode)
-    values: dict[fx.Node, Any] = {}
-    source: dict[fx.Node, fx.Node] = {}
-    defined: set[fx.Node] = set()
-    whole: dict[fx.Node, fx.Node] = {}
     with tracer.recording():
-        for node in graph.nodes:
-            if node.op == "output":
-                continue
-            before = len(tracer.graph.nodes)
-            values[node] = _write(node, tracer, values, defined, whole)
-            for new in list(tracer.graph.nodes)[before:] if before else tracer.graph.nodes:
-                source[new] = node
-                new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
-    of = {
-        node: tracer.node(value)
-        for node, value in values.items()
-        if isinstance(value, torch.Tensor) and tracer.has(value)
-    }
-    return Primitives(tracer.graph, of, source, defined, whole)
+        for i, value in enumerate(values):
+            tracer.track(value, tracer.create("placeholder", f"operand_{i}"))
+        out = call(values)
+    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+    return Template(tracer.graph, [None if o is None else tracer.node(o) for o in outputs])
 
 
-def _write(
-    node: fx.Node, tracer: Tracer, values: dict[fx.Node, Any], defined: set, whole: dict
-) -> Any:
-    if node.op != "call_function":
-        proxy = tracer.create(node.op, node.target, node.args)
-        proxy.node.meta["val"] = node.meta["val"]
-        return tracer.track(node.meta["val"], proxy)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
-        return args[0][args[1]]  # type: ignore[index]
-    definition = structures.definition_of(node.target)
-    value = node.meta.get("val")
-    if definition is None or not is_floating(node) or isinstance(value, (tuple, list)):
-        made = tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
-        if isinstance(value, (tuple, list)):
-            whole[made] = node
-    if definition is None or not is_floating(node):
-        return value
-    if isinstance(value, (tuple, list)) and node.target in definitions.READS_OUTPUTS:
-        saved = [v.detach() if isinstance(v, torch.Tensor) else v for v in value]
-        kwargs = {**kwargs, "saved": saved}
-    defined.add(node)
-    out = definition(*args, **kwargs)
-    if not isinstance(value, (tuple, list)):
-        return out
-    return [v if o is None else o for o, v in zip(out, value, strict=False)]
+def kind_of(node: fx.Node) -> Any:
+    """What a trace may depend on of an operand: type and sizes, not the value."""
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device, tuple(map(str, value.shape)))
+    return str(value)
 
 
 def is_floating(node: fx.Node) -> bool:
