@@ -6,7 +6,6 @@ say what.
 
 from __future__ import annotations
 
-import hesscale_fx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,8 @@ from helpers import relative_error
 from reference import exact_hessian_diagonal
 from torch import distributions as D
 from torch import nn
+
+import hesscale_fx
 
 
 class Leaf(nn.Module):
