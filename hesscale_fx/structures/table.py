@@ -70,7 +70,8 @@ SELECTION = packets(
 )  # fmt: skip
 # Scatter's reductions have no derivative.
 SELECTION += [
-    aten.index.Tensor, aten.split.Tensor, aten.scatter.src, aten.scatter.value, aten.repeat_interleave.self_int,
+    aten.index.Tensor, aten.split.Tensor, aten.scatter.src, aten.scatter.value,
+    aten.repeat_interleave.self_int,
     aten.repeat_interleave.self_Tensor, aten.max.dim, aten.min.dim, aten.median.dim,
     aten.nanmedian.dim,
 ]  # fmt: skip
