@@ -132,3 +132,15 @@ def test_one_region_is_exact(name):
     assert error < 1e-10, f"gradient by {error:.1e}"
     error = relative_error(out.hess_diag["w"], exact, floor=1e-3)
     assert error < 1e-9, f"curvature by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["minimum", "maximum-of-two", "entropy", "batch-norm", "top-k"])
+def test_nothing_is_written_in_place(name):
+    """Autograd's own formulas write into their arguments; two operands would share them."""
+    hs = hesscale_fx.transform(Leaf(UNITS[name]), example_inputs=())
+    written = [
+        node.format_node()
+        for node in hs.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    ]
+    assert not written
