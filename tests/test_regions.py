@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -1235,7 +1235,7 @@ def _call(name, spelling):
     return results
 
 
-@lru_cache(maxsize=None)
+@cache
 def _first(name):
     return _call(name, next(iter(FAMILIES[name].spellings)))
 
