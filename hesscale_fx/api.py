@@ -18,7 +18,7 @@ from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.units import Partition
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture
-from hesscale_fx.emit import Emission, source_name
+from hesscale_fx.emit import Emission
 from hesscale_fx.errors import (
     InvalidArgumentError,
     InvalidModelError,
@@ -28,6 +28,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.methods import METHODS, Method
 from hesscale_fx.module import HesScaleModule, Program, State
+from hesscale_fx.names import source_name
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 

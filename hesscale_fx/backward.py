@@ -3,71 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from hesscale_fx.analysis.units import Unit
-from hesscale_fx.methods import Method
-from hesscale_fx.structures import Evaluation
-from hesscale_fx.structures.base import add
 
-Key = tuple[fx.Node, "Unit | None"]
+Slot = tuple[fx.Node, "Unit | None"]
+Flow = dict[str, list[Any]]  # role -> one value for each output, or input; None is zero
 
 
 def reverse(
     units: list[Unit],
-    loss: tuple[fx.Node, Tensor],
-    method: Method,
-    evaluate: Callable[[Unit], Evaluation],
-    inside: Callable[[Unit], bool],
-    scope: Callable[[fx.Node, Unit | None, str], AbstractContextManager],
-    mark: Callable[[fx.Node, Unit | None, str, Tensor], None],
-) -> dict[fx.Node, dict[str, Tensor | None]]:
-    """Pull the method's values from the loss to every leaf.
+    loss: fx.Node,
+    seed: dict[str, Any],
+    pull: Callable[[Unit, Flow], Flow],
+    add: Callable[[Slot, str, Any, Any], Any],
+) -> dict[fx.Node, dict[str, Any]]:
+    """Pull values from the loss to every leaf.
 
     Args:
         units: producers before consumers.
-        loss: the loss' node and value.
-        method: what flows.
-        evaluate: the rule of a unit at the traced point.
-        inside: whether a unit lies before the boundary.
-        scope: entered around all that is computed for a (source node, unit, role).
-        mark: told of each value that a unit gave to a source node.
+        loss: the node to start from.
+        seed: its values by role; None is zero.
+        pull: gives the values for a unit's inputs from those at its outputs.
+        add: the sum of two values for a tensor that is used twice.
 
     Returns:
-        For each leaf its values by role; None is zero.
+        For each leaf its values by role.
     """
-    flow: dict[Key, dict[str, Tensor | None]] = {}
-    producer = next((u for u in reversed(units) if loss[0] in u.outputs), None)
-    with scope(loss[0], None, "grad"):
-        flow[loss[0], producer] = method.seed(loss[1])
+    flow: dict[Slot, dict[str, Any]] = {}
+    producer = next((u for u in reversed(units) if loss in u.outputs), None)
+    flow[loss, producer] = dict(seed)
     for unit in reversed(units):
         arrived = [flow.pop((n, unit), {}) for n in unit.outputs]
-        y = {role: [a.get(role) for a in arrived] for role in method.roles}
+        y = {role: [a.get(role) for a in arrived] for role in seed}
         if all(v is None for values in y.values() for v in values):
             continue
-        at = evaluate(unit)
-        for role in method.roles:
-            with scope(unit.nodes[-1], unit, role):
-                results = method.pull(role, at, y, inside(unit))
-            for key, value in zip(unit.inputs, results, strict=True):
-                if value is not None:
-                    check_shape(key[0], value, role)
-                    mark(key[0], unit, role, value)
-                    with scope(key[0], unit, role):
-                        slot = flow.setdefault(key, {})
-                        slot[role] = total = add(slot.get(role), value)
-                    if total is not None and total is not value:
-                        mark(key[0], unit, role, total)
+        for role, values in pull(unit, y).items():
+            for slot, value in zip(unit.inputs, values, strict=True):
+                if value is None:
+                    continue
+                known = flow.setdefault(slot, {})
+                before = known.get(role)
+                known[role] = value if before is None else add(slot, role, before, value)
     return {node: values for (node, unit), values in flow.items() if unit is None}
-
-
-def check_shape(node: fx.Node, value: Tensor, role: str) -> None:
-    """A rule that gives another shape than its input's is a bug; never let it broadcast."""
-    want, have = node.meta["val"].shape, value.shape
-    ok = len(want) == len(have) and all(
-        not isinstance(a, int) or not isinstance(b, int) or a == b
-        for a, b in zip(want, have, strict=True)
-    )
-    assert ok, f"{role} of {node.name}: shape {tuple(have)}, expected {tuple(want)}"

@@ -12,6 +12,7 @@ import inspect
 import io
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,7 @@ from hesscale_fx.errors import (
     InvalidModelError,
 )
 from hesscale_fx.signature import TENSOR
+from hesscale_fx.simplify import merge_equal
 
 aten = torch.ops.aten
 HERE = os.path.dirname(__file__)
@@ -382,6 +384,8 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     kinds = [spec.kind.name for spec in signature.output_specs]
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
     drop_checks(graph)
+    drop_whole_slices(graph)
+    merge_equal(graph)
     boundary = strip_boundary(graph)  # may replace the outputs, so they are read after it
     results = outputs.args[0]
     return Captured(
@@ -516,6 +520,16 @@ def drop_checks(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.target in CHECKS:
             graph.erase_node(node)
+
+
+def drop_whole_slices(graph: fx.Graph) -> None:
+    """``x[:]`` is x; export writes one for every ``:`` next to a None or an index."""
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor:
+            start, end, step = (list(node.args[2:]) + [None, None, 1][len(node.args) - 2 :])[:3]
+            if start in (None, 0) and end in (None, sys.maxsize) and step == 1:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
 
 
 def strip_boundary(graph: fx.Graph) -> list[fx.Node]:

@@ -1,44 +1,33 @@
 """Emit one graph: the forward nodes, then gradient and curvature in reverse order.
 
-Rules are functions on tensors; the tracer turns their calls into nodes. This file gives each unit
-its values and marks every node with where it came from.
+Each captured call and each unit's rule is traced once for operands of its kind and copied into the
+graph wherever it occurs; every node remembers where it came from.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from hesscale_fx import structures
 from hesscale_fx.analysis.exactness import State
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
-from hesscale_fx.backward import reverse
+from hesscale_fx.backward import Flow, Slot, reverse
 from hesscale_fx.capture import Captured, Leaf
+from hesscale_fx.errors import UnsupportedOperatorError, source_line
+from hesscale_fx.evaluate import Native, evaluate
 from hesscale_fx.methods import Method
+from hesscale_fx.names import Origin, annotate, rename
 from hesscale_fx.simplify import Constants, simplify
-from hesscale_fx.structures import Call, Evaluation, definitions
 from hesscale_fx.structures.base import wide, zero_test
-from hesscale_fx.structures.region import RegionAt
-from hesscale_fx.trace import Tracer
+from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
 
-
-@dataclass
-class Origin:
-    """Where a generated node came from."""
-
-    source: fx.Node  # of the captured graph
-    role: str
-    unit: Unit | None
-    is_result: bool = False  # the value of the source itself, not a step on the way
-    exact: bool = True
+aten = torch.ops.aten
 
 
 class Emission:
@@ -49,7 +38,7 @@ class Emission:
         captured: Captured,
         primitives: Primitives,
         units: list[Unit],
-        exactness: Mapping[tuple[fx.Node, Unit | None], State],
+        exactness: Mapping[Slot, State],
         inside: set[fx.Node],
         method: Method,
         fake_mode: Any,
@@ -60,50 +49,30 @@ class Emission:
         self._exactness = exactness
         self._inside = inside
         self._method = method
-        self._tracer = Tracer(fake_mode)
-        self._values: dict[fx.Node, Any] = {}  # of captured nodes
-        self._inner: dict[fx.Node, Any] = {}  # of primitive nodes that are no captured node
+        self._fake_mode = fake_mode
+        self._native = Native(primitives, units)
+        self._graph = fx.Graph()
+        self._values: dict[fx.Node, Any] = {}  # captured node -> emitted node (or nodes)
+        self._inner: dict[fx.Node, fx.Node] = {}  # the same of other primitive nodes
         self._captured_of = {p: s for s, p in primitives.of.items()}
+        self._templates: dict[Any, Template] = {}
         self._origin: dict[fx.Node, Origin] = {}
-        self._forward: dict[fx.Node, fx.Node] = {}
-        self._attributes: list[fx.Node] = []
-        self._written: dict[fx.Node, set[fx.Node]] = {}  # captured node -> its nodes in units
-        for node in {n for u in units for n in u.nodes}:
-            self._written.setdefault(primitives.source[node], set()).add(node)
 
     def run(self, outputs: dict[str, Leaf]) -> fx.Graph:
         """Emit; `outputs` maps each name of the result to the leaf that is differentiated."""
-        graph = self._tracer.graph
-        constants = Constants()
-        token = zero_test.set(
-            lambda t: self._tracer.has(t) and constants.is_zero(self._tracer.node(t))
+        self._emit_forward()
+        loss = self._captured.loss
+        results = reverse(
+            self._units, self._primitives.of[loss], self._seed(loss), self._pull, self._add
         )
-        try:
-            with self._tracer.recording():
-                self._emit_forward()
-                loss = self._captured.loss
-                results = reverse(
-                    self._units,
-                    (self._primitives.of[loss], self._values[loss]),
-                    self._method,
-                    self._evaluate,
-                    lambda unit: unit.nodes[-1] in self._inside,
-                    self._scope,
-                    self._mark_result,
-                )
-                found = self._read_out(outputs, results)
-                self._write_buffers()
-        finally:
-            zero_test.reset(token)
-        node = self._tracer.node
-        graph.output(
-            (
-                node(self._values[self._captured.loss]),
-                *({k: node(v) for k, v in found[r].items()} for r in found),
-            )
-        )
-        self._finish(graph)
-        return graph
+        found = self._read_out(outputs, results)
+        self._write_buffers()
+        self._graph.output((self._values[loss], *found.values()))
+        generated = {n for n, o in self._origin.items() if o.role != "forward"}
+        simplify(self._graph, generated)
+        rename(self._graph, self._origin)
+        annotate(self._graph, self._origin)
+        return self._graph
 
     # --- forward --------------------------------------------------------------------------------
 
@@ -112,254 +81,256 @@ class Emission:
         for node in self._captured.graph.nodes:
             if node.op == "output":
                 continue
-            with self._marked(Origin(node, "forward", None)):
-                self._values[node] = self._forward_value(node, leaves.get(node))
-            value = self._values[node]
-            if isinstance(value, Tensor):
-                self._forward[self._tracer.node(value)] = node
+            origin = Origin(node, "forward")
+            value = self._values[node] = self._forward(node, leaves.get(node), origin)
+            if isinstance(value, fx.Node):
+                self._origin[value] = Origin(node, "forward", is_result=True)
 
-    def _forward_value(self, node: fx.Node, leaf: Leaf | None) -> Any:
-        if leaf is not None:
-            # The tracer wants attributes to exist on its root, so they are placeholders for now.
-            proxy = self._tracer.create("placeholder", leaf.name)
-            if leaf.kind != "input":
-                self._attributes.append(proxy.node)
-            return self._tracer.track(node.meta["val"], proxy)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+    def _forward(self, node: fx.Node, leaf: Leaf | None, origin: Origin) -> Any:
         value = node.meta.get("val")
+        if leaf is not None:
+            op = "placeholder" if leaf.kind == "input" else "get_attr"
+            made = self._graph.create_node(op, leaf.name)
+            made.meta["val"] = value
+            return made
+        if node.target is operator.getitem and isinstance(self._values[node.args[0]], list):  # type: ignore[index]
+            return self._values[node.args[0]][node.args[1]]  # type: ignore[index]
         if not isinstance(value, (Tensor, tuple, list)):  # sizes, scalars and checks of them
-            self._tracer.call(node.target, args, kwargs, value)  # type: ignore[arg-type]
-            return value
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+            made = self._graph.node_copy(node, self._values.__getitem__)
+            self._origin[made] = origin
+            return made
+        outputs = self._call(node.target, node.args, node.kwargs, self._values.__getitem__, origin)
+        return outputs[0] if isinstance(value, Tensor) else outputs
+
+    def _call(
+        self, target: Any, args: Any, kwargs: Any, value: Callable[[fx.Node], Any], origin: Origin
+    ) -> list[fx.Node | None]:
+        """Emit one call as PyTorch executes it, below autograd."""
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        inputs = [value(v) for v in leaves if isinstance(v, fx.Node)]
+        constants = [None if isinstance(v, fx.Node) else v for v in leaves]
+
+        def run(values: list[Any], tracer: Tracer) -> list[Any]:
+            rest = iter(values)
+            filled = [next(rest) if isinstance(v, fx.Node) else v for v in leaves]
+            inner_args, inner_kwargs = pytree.tree_unflatten(filled, spec)
+            out = target(*inner_args, **inner_kwargs)
+            return list(out) if isinstance(out, (tuple, list)) else [out]
+
+        return self._emit((target, repr(constants), repr(spec)), run, inputs, origin)
+
+    def _emit(
+        self,
+        key: Any,
+        run: Callable[[list[Any], Tracer], list[Any]],
+        inputs: list[fx.Node],
+        origin: Origin,
+    ) -> list[fx.Node | None]:
+        """Inline the template of `key`, tracing `run` if it is the first of its kind."""
+        key = (key, tuple(kind_of(n) for n in inputs))
+        if key not in self._templates:
+            values = [n.meta["val"] for n in inputs]
+            self._templates[key] = trace(run, values, self._fake_mode)
+
+        def mark(node: fx.Node, role: str) -> None:
+            exact = origin.exact or role == "grad"
+            self._origin[node] = Origin(
+                origin.source, role or origin.role, origin.rule, exact=exact
+            )
+
+        return inline(self._graph, self._templates[key], inputs, mark)
 
     def _value(self, node: fx.Node) -> Any:
-        """The value of a primitive node."""
+        """The emitted node that has the value of a primitive node."""
         source = self._captured_of.get(node)
-        source = self._primitives.whole.get(node, source) if source is None else source
         if source is not None:
             return self._values[source]
         if node not in self._inner:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-            self._inner[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            origin = Origin(self._primitives.source[node], "forward")
+            if node.target is operator.getitem and node.args[0] in self._primitives.whole:
+                whole = self._primitives.whole[node.args[0]]  # type: ignore[index]
+                return self._values[whole][node.args[1]]
+            if not isinstance(node.meta["val"], Tensor):
+                made = self._graph.node_copy(node, self._value)
+                self._origin[made] = origin
+            else:
+                (found,) = self._call(node.target, node.args, node.kwargs, self._value, origin)
+                assert found is not None
+                made = found
+            self._inner[node] = made
         return self._inner[node]
 
-    # --- rules ----------------------------------------------------------------------------------
+    # --- backward -------------------------------------------------------------------------------
 
-    def _evaluate(self, unit: Unit) -> Evaluation:
-        if unit.region is not None:
-            return RegionAt(unit.region, self._value, self._runner(unit))
-        call = unit.call
-        structure = structures.structure_of(call.target, call.args, call.kwargs)
-        assert structure is not None
-        leaves, spec = pytree.tree_flatten((tuple(call.args), dict(call.kwargs)))
-        wanted = {n for n, _ in unit.inputs}
-        active = [i for i, v in enumerate(leaves) if isinstance(v, fx.Node) and v in wanted]
-        leaves = [self._value(v) if isinstance(v, fx.Node) else v for v in leaves]
-        inner = structure.at(Call(call.target, leaves, spec, active))  # type: ignore[arg-type]
-        parts = [n for n in unit.outputs if n.target is operator.getitem]
-        if not parts:
-            return inner
-        return _Parts(inner, [n.args[1] for n in parts])  # type: ignore[misc]
+    def _seed(self, loss: fx.Node) -> dict[str, Any]:
+        roles = self._method.roles
 
-    def _runner(self, unit: Unit) -> Callable[[dict[fx.Node, Tensor]], list[Tensor]]:
-        """Computes a region's outputs from its inputs, by native operators where it is one."""
+        def run(values: list[Any], tracer: Tracer) -> list[Any]:
+            with tracer.role("grad"):
+                seed = self._method.seed(values[0])
+            return [seed[role] for role in roles]
 
-        def run(inputs: dict[fx.Node, Tensor]) -> list[Tensor]:
-            local: dict[fx.Node, Any] = dict(inputs)
+        found = self._emit("seed", run, [self._values[loss]], Origin(loss, "grad"))
+        for node, role in zip(found, roles, strict=True):
+            if node is not None:
+                self._origin[node] = Origin(loss, role, is_result=True)
+        return dict(zip(roles, found, strict=True))
 
-            def value(node: fx.Node) -> Any:
-                return local[node] if node in local else self._value(node)
+    def _pull(self, unit: Unit, y: Flow) -> Flow:
+        """Emit the rule of a unit."""
+        entering, key = signature(unit, self._native, self._primitives)
+        present = [(role, i) for role in y for i, v in enumerate(y[role]) if v is not None]
+        inside = unit.nodes[-1] in self._inside
+        roles = self._method.roles
 
-            members = set(unit.nodes)
-            done: set[fx.Node] = set()
-            for node in unit.nodes:
-                source = self._primitives.source[node]
-                if self._is_native(source, members):
-                    if source not in done:
-                        done.add(source)
-                        local.update(self._run_native(source, value))
-                elif node not in local:
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                    local[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            return [local[n] for n in unit.region.outputs]  # type: ignore[union-attr]
+        def run(values: list[Any], tracer: Tracer) -> list[Any]:
+            constants = Constants()
+            token = zero_test.set(lambda t: tracer.has(t) and constants.is_zero(tracer.node(t)))
+            known = dict(zip(entering, values, strict=False))
+            arrived: dict[str, list[Any]] = {role: [None] * len(unit.outputs) for role in roles}
+            for (role, i), value in zip(present, values[len(entering) :], strict=True):
+                arrived[role][i] = value
+            try:
+                at = evaluate(unit, known.__getitem__, self._native)
+                results: list[Any] = []
+                for role in roles:
+                    with tracer.role(role):
+                        found = self._method.pull(role, at, arrived, inside)
+                    check_shapes(unit, role, found)
+                    results += found
+                return results
+            except (RuntimeError, NotImplementedError) as error:
+                if "derivative" not in str(error) and "not implemented" not in str(error):
+                    raise
+                raise self._underivable(unit, error) from error
+            finally:
+                zero_test.reset(token)
 
-        return run
+        exact = all(self._is_exact((n, unit)) for n in unit.outputs)
+        source = self._primitives.source[unit.nodes[-1]]
+        inputs = [self._value(n) for n in entering] + [y[role][i] for role, i in present]
+        found = self._emit(
+            (key, tuple(present), inside),
+            run,
+            inputs,
+            Origin(source, "grad", unit.structure, exact=exact),
+        )
+        count = len(unit.inputs)
+        flow = {role: found[k * count : (k + 1) * count] for k, role in enumerate(roles)}
+        for role, values in flow.items():
+            for slot, node in zip(unit.inputs, values, strict=True):
+                if node is not None and node not in inputs:
+                    self._mark_result(node, slot, role, unit.structure)
+        return flow
 
-    def _is_native(self, source: fx.Node, members: set[fx.Node]) -> bool:
-        """Whether the captured operator can be called in place of its definition."""
-        if source not in self._primitives.defined:
-            return False
-        if source.target in definitions.READS_OUTPUTS:
-            return False
-        return self._written[source] <= members
+    def _underivable(self, unit: Unit, error: Exception) -> UnsupportedOperatorError:
+        sources = dict.fromkeys(self._primitives.source[n] for n in unit.nodes)
+        where = "; ".join(filter(None, dict.fromkeys(map(source_line, sources))))
+        names = ", ".join(dict.fromkeys(str(s.target) for s in sources))
+        return UnsupportedOperatorError(
+            f"PyTorch cannot differentiate {names} as curvature needs it"
+            f"{f' (at {where})' if where else ''}: {str(error).splitlines()[0]}\nGive the operator "
+            "a rule of its own with hesscale_fx.register(op, hesscale_fx.Rule(...)), or write it "
+            "in other operators."
+        )
 
-    def _run_native(self, source: fx.Node, value: Callable) -> dict[fx.Node, Any]:
-        def operand(node: fx.Node) -> Any:
-            primitive = self._primitives.of.get(node)
-            return self._values[node] if primitive is None else value(primitive)
+    def _add(self, slot: Slot, role: str, a: fx.Node, b: fx.Node) -> fx.Node:
+        source = self._primitives.source[slot[0]]
+        (node,) = self._emit("add", lambda v, tracer: [v[0] + v[1]], [a, b], Origin(source, role))
+        assert node is not None
+        self._mark_result(node, slot, role, "")
+        return node
 
-        args, kwargs = fx.node.map_arg((source.args, source.kwargs), operand)
-        result = source.target(*args, **kwargs)  # type: ignore[operator]
-        if isinstance(result, Tensor):
-            return {self._primitives.of[source]: result}
-        return {
-            self._primitives.of[u]: result[u.args[1]]
-            for u in source.users
-            if u.target is operator.getitem and u in self._primitives.of
-        }
+    def _mark_result(self, node: fx.Node, slot: Slot, role: str, rule: str) -> None:
+        """`node` is the value of a slot's tensor: name it after that tensor."""
+        exact = role == "grad" or self._is_exact(slot)
+        self._origin[node] = Origin(self._primitives.source[slot[0]], role, rule, True, exact)
+
+    def _is_exact(self, slot: Slot) -> bool:
+        return self._exactness.get(slot, State()).exact
 
     # --- results --------------------------------------------------------------------------------
 
     def _read_out(
-        self, outputs: dict[str, Leaf], results: dict[fx.Node, dict[str, Tensor | None]]
-    ) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {role: {} for role in self._method.roles}
+        self, outputs: dict[str, Leaf], results: dict[fx.Node, dict[str, Any]]
+    ) -> dict[str, dict[str, fx.Node]]:
+        """For each role the value of each name; zeros for what the loss does not reach."""
+        found: dict[str, dict[str, fx.Node]] = {role: {} for role in self._method.roles}
         for name, leaf in outputs.items():
             values = results.get(self._primitives.of[leaf.node], {})
             for role in self._method.roles:
-                value = values.get(role)
-                with self._scope(self._primitives.of[leaf.node], None, role):
-                    if value is None:
-                        like = self._values[leaf.node]
-                        dtype = like.dtype if role == "grad" else wide(like.dtype)
-                        value = torch.zeros_like(like, dtype=dtype)
-                    found[role][name] = value
+                found[role][name] = values.get(role) or self._zeros(leaf, role)
         return found
+
+    def _zeros(self, leaf: Leaf, role: str) -> fx.Node:
+        like = leaf.node.meta["val"].dtype
+        dtype = like if role == "grad" else wide(like)
+        origin = Origin(leaf.node, role)
+        (node,) = self._emit(
+            ("zeros", dtype, role),
+            lambda v, tracer: [torch.zeros_like(v[0], dtype=dtype)],
+            [self._values[leaf.node]],
+            origin,
+        )
+        assert node is not None
+        self._origin[node] = Origin(leaf.node, role, is_result=True)
+        return node
 
     def _write_buffers(self) -> None:
         by_name = {leaf.name: leaf for leaf in self._captured.leaves}
         for name, node in self._captured.mutations.items():
-            with self._marked(Origin(node, "forward", None)):
-                buffer = self._values[by_name[name].node]
-                torch.ops.aten.copy_.default(buffer, self._values[node])
-
-    # --- marks ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _marked(self, origin: Origin) -> Iterator[None]:
-        before = self._last()
-        yield
-        node = before.next if before is not None else next(iter(self._tracer.graph.nodes), None)
-        while node is not None and node.op != "root":
-            self._origin.setdefault(node, origin)
-            node = node.next
-
-    def _last(self) -> fx.Node | None:
-        nodes = self._tracer.graph.nodes
-        return next(iter(reversed(nodes)), None)
-
-    def _scope(self, node: fx.Node, unit: Unit | None, role: str) -> Any:
-        exact = (
-            role == "grad" or unit is None or all(self._is_exact((n, unit)) for n in unit.outputs)
-        )
-        return self._marked(Origin(self._primitives.source[node], role, unit, exact=exact))
-
-    def _mark_result(self, node: fx.Node, unit: Unit | None, role: str, value: Tensor) -> None:
-        """`value` is what `unit` gives to `node`: name it after that node."""
-        made = self._tracer.node(value)
-        found = self._origin.get(made)
-        if found is not None and found.unit is unit and found.role == role:
-            slot = next((s for s in unit.inputs if s[0] is node), None) if unit else None
-            exact = role == "grad" or slot is None or self._is_exact(slot)
-            self._origin[made] = Origin(self._primitives.source[node], role, unit, True, exact)
-
-    def _is_exact(self, slot: tuple[fx.Node, Unit | None]) -> bool:
-        return self._exactness.get(slot, State()).exact
-
-    def _finish(self, graph: fx.Graph) -> None:
-        for node in self._attributes:
-            node.op = "get_attr"
-        generated = {n for n, o in self._origin.items() if o.role != "forward"}
-        simplify(graph, generated)
-        rename(graph, self._origin, self._forward)
-        annotate(graph, self._origin)
+            pair = (self._values[by_name[name].node], self._values[node])
+            written = self._graph.call_function(aten.copy_.default, pair)
+            written.meta["val"] = pair[0].meta["val"]
+            self._origin[written] = Origin(node, "forward")
 
 
-class _Parts:
-    """A multi-output operator seen through those of its outputs that are used."""
+def signature(
+    unit: Unit, native: Native, primitives: Primitives
+) -> tuple[list[fx.Node], tuple[Any, ...]]:
+    """The nodes that enter a unit, and what its rule depends on besides their kinds."""
+    number: dict[fx.Node, int] = {}
+    entering: list[fx.Node] = []
+    members = set(unit.nodes)
 
-    def __init__(self, inner: Evaluation, parts: list[int]) -> None:
-        self._inner = inner
-        self._parts = parts
+    def reference(node: fx.Node) -> int:
+        if node not in number:
+            number[node] = len(number)
+            if node not in members:
+                entering.append(node)
+        return number[node]
 
-    def _all(self, values: Any) -> list[Tensor | None]:
-        result: list[Tensor | None] = [None] * (max(self._parts) + 1)
-        for part, value in zip(self._parts, values, strict=True):
-            result[part] = value
-        return result
+    def describe(target: Any, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        shown = [f"%{reference(v)}" if isinstance(v, fx.Node) else repr(v) for v in leaves]
+        return (target, tuple(shown), repr(spec))
 
-    def vjp(self, u: Any) -> list[Tensor | None]:
-        return self._inner.vjp(self._all(u))
-
-    def squared_vjp(self, s: Any) -> list[Tensor | None]:
-        return self._inner.squared_vjp(self._all(s))
-
-    def curvature(self, g: Any) -> list[Tensor | None]:
-        return self._inner.curvature(self._all(g))
-
-
-# --- names and metadata ---------------------------------------------------------------------------
-
-SUFFIX = {"grad": "grad", "hess": "hess"}
-ROLE = {"forward": "forward", "grad": "gradient", "hess": "curvature"}
-
-
-def module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    return path.removeprefix("model.").removeprefix("model")
-
-
-def rename(graph: fx.Graph, origin: dict[fx.Node, Origin], forward: dict[fx.Node, fx.Node]) -> None:
-    """Name generated nodes after their source: ``fc1_grad``, ``fc1_hess``."""
-    wanted: dict[fx.Node, str] = {}
-    results: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        found = origin.get(node)
-        if node.op == "get_attr" and found is not None:
-            wanted[node] = source_name(found.source)
-            results[wanted[node]] = node
-        if found is None or node.op != "call_function":
-            continue
-        if found.role == "forward":
-            if node in forward:
-                wanted[node] = forward[node].name
-                results[wanted[node]] = node
-            continue
-        wanted[node] = f"{source_name(found.source)}_{SUFFIX.get(found.role, found.role)}"
-        if found.is_result:
-            results[wanted[node]] = node
-    # First all out of the way, then the results, which get the plain names.
-    for node in wanted:
-        node._rename("hesscale_tmp")
-    finals = set(results.values())
-    for node, name in sorted(wanted.items(), key=lambda item: item[0] not in finals):
-        node._rename(name)
-
-
-def source_name(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return str(node.meta.get("hesscale_name", node.name)).replace(".", "_")
-    path = module_path(node)
-    return path.replace(".", "_") if path else node.name
-
-
-def annotate(graph: fx.Graph, origin: dict[fx.Node, Origin]) -> None:
-    for node in graph.nodes:
-        found = origin.get(node)
-        if found is None:
-            continue
-        source = found.source
-        for key in ("stack_trace", "nn_module_stack"):
-            if source.meta.get(key) is not None:
-                node.meta[key] = source.meta[key]
+    nodes = [(describe(n.target, n.args, n.kwargs), reference(n), kind(n)) for n in unit.nodes]
+    sources = []
+    if unit.region is not None:
+        for source, whole in native.sources(unit).items():
+            if whole:
+                args, kwargs = fx.node.map_arg(
+                    (source.args, source.kwargs), primitives.of.__getitem__
+                )
+                sources.append(describe(source.target, args, kwargs))
             else:
-                node.meta.pop(key, None)
-        unit = found.unit
-        mark = {
-            "source": source_name(source),
-            "role": ROLE.get(found.role, found.role),
-            "rule": unit.structure if unit is not None else "",
-            "exact": found.exact,
-        }
-        node.meta["custom"] = {**(node.meta.get("custom") or {}), "hesscale": mark}
+                sources.append(None)
+    ends = (tuple(map(reference, unit.outputs)), tuple(reference(n) for n, _ in unit.inputs))
+    return entering, (tuple(nodes), tuple(sources), ends)
+
+
+def kind(node: fx.Node) -> Any:
+    return kind_of(node) if isinstance(node.meta.get("val"), Tensor) else None
+
+
+def check_shapes(unit: Unit, role: str, values: list[Tensor | None]) -> None:
+    """A rule that gives another shape than its input's is a bug; never let it broadcast."""
+    for (node, _), value in zip(unit.inputs, values, strict=True):
+        if value is not None:
+            want, have = node.meta["val"].shape, value.shape
+            fits = len(want) == len(have) and all(
+                not isinstance(a, int) or not isinstance(b, int) or a == b
+                for a, b in zip(want, have, strict=True)
+            )
+            assert fits, f"{role} of {node.name}: shape {tuple(have)}, expected {tuple(want)}"

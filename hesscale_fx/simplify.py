@@ -111,6 +111,66 @@ def same_type(a: fx.Node, b: fx.Node) -> bool:
     )
 
 
+def is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def is_write(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def functionalize(graph: fx.Graph) -> None:
+    """Replace writes into temporaries, which autograd's formulas make, by functional calls."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        functional = functional_overload(node.target) if is_write(node) else None
+        x: Any = node.args[0] if node.args else None
+        if functional is None or x.op == "placeholder" or (is_view(x) and not is_write(x)):
+            continue
+        if any(is_view(u) and not is_write(u) for u in x.users):
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(functional, node.args, node.kwargs)
+        made.meta.update(node.meta)
+        made.meta["val"] = x.meta["val"]
+        order[made] = order[node]
+        later = [u for u in x.users if order[u] > order[node]]
+        for user in later:
+            user.replace_input_with(x, made)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def functional_overload(target: Any) -> Any:
+    """``aten.add_.Scalar`` -> ``aten.add.Scalar``, or None."""
+    name = getattr(getattr(target, "_schema", None), "name", "").removeprefix("aten::")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(aten, name[:-1], None)
+    wanted = [str(a.type) for a in target._schema.arguments]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        if [str(a.type) for a in found._schema.arguments] == wanted:
+            return found
+    return None
+
+
+def written_to(graph: fx.Graph) -> set[fx.Node]:
+    """Temporaries that are written into all the same, with what is a view of what is written.
+
+    Two of them that are equal when made must not become one: both writes would reach it.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        written: Any = node.args[0] if is_write(node) else None
+        while isinstance(written, fx.Node) and written not in found:
+            found.add(written)
+            written = written.args[0] if is_view(written) and written.args else None
+    return found
+
+
 def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
     """Fold and merge; forward nodes may serve for generated ones, never the other way round."""
     for node in graph.nodes:
@@ -121,12 +181,14 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
             expand_numel(graph, node)
     constants = Constants()
     seen: dict[Any, fx.Node] = {}
+    written = written_to(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
         replacement = fold(node, constants) if node in generated else None
         if replacement is None:
-            replacement = merge(node, seen) if can_merge(node) else None
+            keeps = written.isdisjoint([node, *node.all_input_nodes])
+            replacement = merge(node, seen) if keeps and can_merge(node) else None
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
@@ -153,6 +215,17 @@ def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
         product.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(product)
     graph.erase_node(node)
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Calls of the same operator on the same operands are one."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and can_merge(node):
+            first = merge(node, seen)
+            if first is not None and first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
@@ -209,13 +282,14 @@ def can_merge(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded in tags or node.is_impure():
         return False
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or not schema.is_mutable
+    return not is_write(node)
 
 
 def merge(node: fx.Node, seen: dict[Any, fx.Node]) -> fx.Node | None:
     """An earlier node with the same call; else remember this one."""
-    key = (node.op, node.target, freeze(node.args), freeze(node.kwargs))
+    key: Any = (node.op, node.target, freeze(node.args), freeze(node.kwargs))
+    if node.target is aten.sym_size.int:
+        key = ("size", str(node.meta["val"]))  # the same symbol, whatever tensor it is read from
     return seen.setdefault(key, node)
 
 

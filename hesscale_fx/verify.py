@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscale_fx.capture import Captured
+from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.report import Agreement, Verification
 
 LossOf = Callable[[dict[str, Tensor]], Tensor]
@@ -82,7 +83,12 @@ def verify(
         diagonals: what to compare.
         samples: coordinates per parameter; all where there are fewer.
         seed: of the draw.
+
+    Raises:
+        InvalidArgumentError: fewer than one sample is asked for.
     """
+    if samples < 1:
+        raise InvalidArgumentError(f"samples must be at least 1, not {samples}.")
     generator = torch.Generator().manual_seed(seed)
     chosen = {
         name: torch.randperm(p.numel(), generator=generator)[:samples].sort().values

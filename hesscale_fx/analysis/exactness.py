@@ -8,19 +8,23 @@ element of x reaches the dimensions that the unit *spreads* it along (a weight o
 samples, but one feature). If no coupled dimension is spread along, nothing was lost.
 
 Several uses of one tensor add to this that their branches must not meet again, except where the
-Hessian is zero. Everything here errs on the side of calling a diagonal approximate.
+Hessian is zero, or where no element is used twice (the gates of an LSTM cut from one projection).
+Branches that meet couple a tensor along all dimensions but those along which nothing in the graph
+below mixes. Everything here errs on the side of calling a diagonal approximate.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from hesscale_fx.analysis.units import Partition, Unit, is_part
+from hesscale_fx.analysis.units import Partition, Unit, is_part, operands_of
+from hesscale_fx.structures import table
 
 aten = torch.ops.aten
 
@@ -48,13 +52,17 @@ class Passage:
     """How one operand x of a call is connected to the output y, by dimensions.
 
     `spread`: dimensions of y along which one element of x reaches several; `through`: dimension of
-    y -> the dimension of x it repeats; `mixed`: dimensions of x along which elements of x meet in
-    one element of y, or that some other dimension of y depends on.
+    y -> the dimension of x it repeats, if x is indexed in order; `mixed`: dimensions of x along
+    which elements of x meet in one element of y; `picked`: dimensions of x in which an element of y
+    may have any place, so that they couple as soon as y does; `moved`: dimensions of y in `through`
+    whose index is not that of x.
     """
 
     spread: set[int]
     through: dict[int, int]
     mixed: set[int]
+    picked: set[int] = field(default_factory=set)
+    moved: set[int] = field(default_factory=set)
 
 
 def exactness(partition: Partition) -> tuple[dict[Slot, State], dict[fx.Node, State]]:
@@ -74,16 +82,17 @@ class Exactness:
             for slot in unit.inputs:
                 self._users.setdefault(slot, []).append(unit)
         self._below = self._curved_below()
+        self._apart = StayApart(self._units, partition, self._is_flat)
         self._states: dict[Slot, State] = {}
 
     def run(self) -> tuple[dict[Slot, State], dict[fx.Node, State]]:
         for unit in reversed(self._units):
             outputs = [self._state((n, unit)) for n in unit.outputs]
-            apart = self._outputs_stay_apart(unit)
+            meeting = self._outputs_meet(unit)
             for position, slot in enumerate(unit.inputs):
                 state = self._pull(unit, outputs, position)
-                if apart is not None:
-                    state = State(False, all_dims(slot[0]), {**state.lost, apart: None})
+                if meeting is not None:
+                    state = self._met(slot, state, meeting, unit.call.target not in DISJOINT)
                 known = self._states.get(slot)
                 self._states[slot] = state if known is None else known.join(state)
         leaves = {}
@@ -123,24 +132,35 @@ class Exactness:
     def _check_branches(self, slot: Slot) -> None:
         """A tensor whose uses meet again below has lost their cross terms."""
         users = self._users.get(slot, [])
+        shared = None
         for a, b in itertools.combinations(users, 2):
             common = self._below[a] & self._below[b]
-            if common:
-                meeting = self._units[common.bit_length() - 1 if a is b else lowest(common)]
-                state = self._states.get(slot, State())
-                self._states[slot] = State(
-                    False, all_dims(slot[0]), {**state.lost, meeting.nodes[0]: None}
-                )
-                return
+            if not common:
+                continue
+            shared = self._units[lowest(common)].nodes[0]
+            if not are_disjoint(a.call, b.call):
+                break
+        else:
+            if shared is not None:
+                self._states[slot] = self._met(slot, self._states[slot], shared, False)
+            return
+        self._states[slot] = self._met(slot, self._states[slot], shared, True)
 
-    def _outputs_stay_apart(self, unit: Unit) -> fx.Node | None:
-        """None if the outputs of a unit do not meet again below; else where they do."""
+    def _outputs_meet(self, unit: Unit) -> fx.Node | None:
+        """Where two outputs of a unit meet again below."""
         for a, b in itertools.combinations(unit.outputs, 2):
-            reach_a = self._reach((a, unit))
-            common = reach_a & self._reach((b, unit))
+            common = self._reach((a, unit)) & self._reach((b, unit))
             if common:
                 return self._units[lowest(common)].nodes[0]
         return None
+
+    def _met(self, slot: Slot, state: State, meeting: fx.Node, lost: bool) -> State:
+        """The state of a tensor whose branches meet: cross terms couple it and may be lost."""
+        return State(
+            state.exact and not lost,
+            state.coupled | self._apart.mixed(slot),
+            {**state.lost, meeting: None} if lost else state.lost,
+        )
 
     def _reach(self, slot: Slot) -> int:
         bits = 0
@@ -158,7 +178,7 @@ class Exactness:
         for output, state in zip(unit.outputs, outputs, strict=True):
             if self._partition.is_flat(output):
                 if not self._partition.is_linear(unit.call):
-                    result.coupled = all_dims(node)
+                    result.coupled |= all_dims(node)
                 continue
             passage = passage_of(unit.call, output, node)
             result = result.join(pass_through(state, passage, output, node))
@@ -169,6 +189,7 @@ class Exactness:
         assert region is not None
         node = unit.inputs[position][0]
         own = {a for d in region.dims[node] for a in d}
+        row = region.row if is_reduced(node, region.nodes) else set()
         result = State()
         coupled_axes: set[int] = set()
         for output, state in zip(unit.outputs, outputs, strict=True):
@@ -176,10 +197,10 @@ class Exactness:
             axes = {a for d in dims for a in d}
             if self._partition.is_flat(output):
                 if not self._is_flat(unit):
-                    coupled_axes |= region.row
+                    coupled_axes |= row
                 continue
             coupled = {a for d in state.coupled for a in dims[d]}
-            spread = (axes - own) | region.row
+            spread = (axes - own) | row
             lost = bool(coupled & spread)
             result = result.join(
                 State(
@@ -188,9 +209,124 @@ class Exactness:
                     {**state.lost, **({output: None} if lost else {})},
                 )
             )
-            coupled_axes |= coupled | region.row
+            coupled_axes |= coupled | row
         result.coupled = {i for i, d in enumerate(region.dims[node]) if coupled_axes & set(d)}
         return result
+
+
+class StayApart:
+    """Dimensions along which entries of different index never meet anywhere below.
+
+    Like the batch of a network without batch norm. Dimensions that units carry over in order form
+    one class, over all tensors. A class is mixed if a unit that curves, or above one, combines its
+    entries, moves them, or carries a class twice (``x + x.T``).
+    """
+
+    def __init__(self, units: list[Unit], partition: Partition, is_flat: Any) -> None:
+        self._partition = partition
+        self._parent: dict[Any, Any] = {}
+        self._mixed: set[Any] = set()
+        slots: dict[Slot, None] = {}
+        for unit in units:
+            inputs = dict.fromkeys(unit.inputs)
+            outputs: list[Slot] = [(n, unit) for n in unit.outputs if not partition.is_flat(n)]
+            slots.update(inputs)
+            slots.update(dict.fromkeys(outputs))
+            if is_flat(unit):
+                continue
+            if unit.region is not None:
+                self._through_region(unit, [*inputs, *outputs])
+            else:
+                self._through_call(unit, list(inputs), outputs)
+        for slot in slots:
+            classes = [self._find((slot, d)) for d in all_dims(slot[0])]
+            self._mixed.update(c for c in classes if classes.count(c) > 1)
+        self._mixed = {self._find(c) for c in self._mixed}
+
+    def mixed(self, slot: Slot) -> set[int]:
+        """The other dimensions of a tensor."""
+        return {d for d in all_dims(slot[0]) if self._find((slot, d)) in self._mixed}
+
+    def _through_region(self, unit: Unit, slots: list[Slot]) -> None:
+        assert unit.region is not None
+        whole: dict[int, tuple[int, ...]] = {}  # axis -> the dimension that it is, or is part of
+        for slot in slots:
+            for d, axes in enumerate(unit.region.dims[slot[0]]):
+                key = (unit, tuple(axes))
+                if not axes:
+                    continue
+                self._join((slot, d), key)
+                for a in axes:
+                    if a in unit.region.row or whole.setdefault(a, tuple(axes)) != tuple(axes):
+                        self._mixed.update((key, (unit, whole.get(a))))
+
+    def _through_call(self, unit: Unit, inputs: list[Slot], outputs: list[Slot]) -> None:
+        curves = len(outputs) < len(unit.outputs) and not self._partition.is_linear(unit.call)
+        for slot in inputs:
+            kept = set() if curves else all_dims(slot[0])
+            for output in outputs:
+                passage = passage_of(unit.call, output[0], slot[0])
+                in_order = {d: e for d, e in passage.through.items() if d not in passage.moved}
+                for d, e in in_order.items():
+                    self._join((output, d), (slot, e))
+                kept &= set(in_order.values())
+            self._mixed.update((slot, d) for d in all_dims(slot[0]) - kept)
+
+    def _find(self, key: Any) -> Any:
+        root = key
+        while root in self._parent:
+            root = self._parent[root]
+        while key != root:
+            self._parent[key], key = root, self._parent[key]
+        return root
+
+    def _join(self, a: Any, b: Any) -> None:
+        a, b = self._find(a), self._find(b)
+        if a != b:
+            self._parent[a] = b
+
+
+def is_reduced(node: fx.Node, members: list[fx.Node]) -> bool:
+    """Whether a reduction in a region depends on an input of it (not so of a norm's scale)."""
+    reached = {node}
+    for member in members:
+        if any(a in reached for a in operands_of(member)):
+            if member.target in table.REDUCTIONS:
+                return True
+            reached.add(member)
+    return False
+
+
+def are_disjoint(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two calls take parts of one tensor that share no element."""
+    first, second = part_of(a), part_of(b)
+    if first is None or second is None or first[0] != second[0]:
+        return False
+    return first[2] <= second[1] or second[2] <= first[1]
+
+
+def part_of(call: fx.Node) -> tuple[int, int, int] | None:
+    """Dimension, start and end of what a slice or select takes, if they are known."""
+    if call.target not in (aten.slice.Tensor, aten.select.int):
+        return None
+    x: Any = call.args[0]
+    args = [*call.args[1:], *(0, 0, 2**63 - 1)[len(call.args) - 1 :]]
+    dim, start = int(args[0]) % rank(x), args[1]  # type: ignore[arg-type]
+    end = args[2] if call.target is aten.slice.Tensor else None
+    size = x.meta["val"].shape[dim]
+    bounds = []
+    for bound in (start, end):
+        if bound is not None and not isinstance(bound, int):
+            return None
+        if bound is not None and bound < 0:
+            if not isinstance(size, int):
+                return None
+            bound = max(bound + size, 0)
+        bounds.append(bound)
+    low = bounds[0] or 0
+    if call.target is aten.select.int:
+        return dim, low, low + 1
+    return dim, low, 2**63 - 1 if bounds[1] is None else bounds[1]
 
 
 def lowest(bits: int) -> int:
@@ -210,6 +346,8 @@ def pass_through(state: State, passage: Passage, output: fx.Node, node: fx.Node)
     """The state of an operand, given that of the output."""
     lost = bool(state.coupled & passage.spread)
     coupled = set(passage.mixed)
+    if state.coupled:
+        coupled |= passage.picked
     for d in state.coupled:
         if d in passage.through:
             coupled.add(passage.through[d])
@@ -224,50 +362,109 @@ def pass_through(state: State, passage: Passage, output: fx.Node, node: fx.Node)
 
 # --- dimensions of single operators ---------------------------------------------------------------
 
-# One element of x reaches at most one of y, and the other way round, along one acted dimension.
+# Each element of y is one of x, none twice, at the same place but for one dimension.
 ALONG = {
-    aten.slice.Tensor: 1, aten.narrow.default: 1, aten.index_select.default: None,
-    aten.cat.default: None, aten.stack.default: None, aten.constant_pad_nd.default: None,
-    aten.flip.default: None, aten.roll.default: None,
+    aten.slice.Tensor, aten.cat.default, aten.constant_pad_nd.default, aten.flip.default,
+    aten.roll.default, aten.split.Tensor, aten.split_with_sizes.default,
 }  # fmt: skip
+# Each element of y is one of x, none twice, at any place.
+BIJECTIONS = {
+    aten.view.default, aten._unsafe_view.default, aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.roll.default,
+}  # fmt: skip
+# The same, at any place along one dimension; and those where elements of x may appear twice.
+ORDERED = {aten.sort.default, aten.sort.stable, aten.topk.default}
+GATHERED = {aten.gather.default, aten.cummax.default, aten.cummin.default}
+# Outputs that share no element of x.
+DISJOINT = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 
 
 def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
     """The passage of operand `node` of an operator that is no region."""
-    operands: list[Any] = list(call.args)
-    first = operands[0] is node
+    args: list[Any] = list(call.args)
     y, x = rank(output), rank(node)
+    same = {d: d for d in range(y)}
     target = call.target
-    if target is aten.linear.default and not (first and operands[1] is node):
-        return _linear(y, x, first, operands[1] is node)
-    if target in (aten.mm.default, aten.bmm.default) and operands[0] is not operands[1]:
-        batch = y - 2
-        inner = x - 1 if first else x - 2
-        spread = {y - 1} if first else {y - 2}
-        kept = batch if first else batch + 1
-        return Passage(spread, {**{d: d for d in range(batch)}, kept: kept}, {inner})
-    if target is aten.convolution.default and operands[0] is not operands[1]:
-        if first:
-            return Passage(set(range(1, y)), {0: 0}, set(range(1, x)))
-        return Passage({0, *range(2, y)}, {}, set(range(x)))
-    if target in ALONG and x == y:
-        return Passage(set(), {d: d for d in range(y)}, set())
-    if target is aten.select.int:
-        dim = int(operands[1]) % x
+    unknown = Passage(all_dims(output), {}, all_dims(node))
+    if operands_of(call).count(node) > 1:
+        return unknown
+    if target is aten.linear.default and rank(args[1]) == 2:
+        return _linear(y, x, args[0] is node, args[1] is node)
+    if target in (aten.mm.default, aten.bmm.default):
+        batch = {d: d for d in range(y - 2)}
+        if args[0] is node:
+            return Passage({y - 1}, {**batch, y - 2: y - 2}, {x - 1})
+        return Passage({y - 2}, {**batch, y - 1: y - 1}, {x - 2})
+    if target is aten.convolution.default:
+        return _convolution(y, x, args, node)
+    if target in ALONG and x == y and (target is not aten.roll.default or len(args) > 2):
+        return Passage(set(), same, set(), moved=_acted(args, target, x))
+    if target in BIJECTIONS:
+        return Passage(set(), {}, set(), all_dims(node))
+    if target in (aten.select.int, aten.unbind.int):
+        dim = int(args[1] if len(args) > 1 else 0) % x
         return Passage(set(), {d: d if d < dim else d + 1 for d in range(y)}, set())
-    if is_part(output) and target in (aten.unbind.int,):
-        dim = int(operands[1] if len(operands) > 1 else 0) % x
-        return Passage(set(), {d: d if d < dim else d + 1 for d in range(y)}, set())
-    if is_part(output) and target in (aten.split.Tensor, aten.split_with_sizes.default):
-        return Passage(set(), {d: d for d in range(y)}, set())
-    name = str(target)
-    if "pool" in name or "upsample" in name:
-        spatial = set(range(2, y))
-        sums = set() if "max_pool" in name else set(range(2, x))
-        return Passage(spatial, {0: 0, 1: 1} if x == y and x > 2 else {}, sums)
+    if target is aten.stack.default:
+        dim = int(args[1] if len(args) > 1 else 0) % y
+        return Passage(set(), {d: d - (d > dim) for d in range(y) if d != dim}, set())
+    if target is aten.cumsum.default and x:
+        dim = int(args[1]) % x
+        return Passage({dim}, _without(same, dim), {dim})
+    if target in ORDERED | GATHERED and x:
+        position = 2 if target is aten.topk.default else 1
+        if target is aten.sort.stable or len(args) <= position:
+            return unknown
+        dim = int(args[position]) % x
+        return Passage({dim} if target in GATHERED else set(), _without(same, dim), set(), {dim})
     if target is aten.embedding.default:
-        return Passage(set(range(y - 1)), {y - 1: 1}, set())
-    return Passage(all_dims(output), {}, all_dims(node))
+        return _indexed(0, y - 1, y)
+    if target is aten.index_select.default and x == y and x:
+        return _indexed(int(args[1]) % x, 1, y)
+    if target is aten.index.Tensor:
+        given = [(d, i) for d, i in enumerate(args[1]) if i is not None]
+        if len(given) == 1 and given[0][1].meta["val"].dtype in (torch.int64, torch.int32):
+            return _indexed(given[0][0], rank(given[0][1]), y)
+    found = re.search(r"(pool|upsample)\w*?([123])d", str(target))
+    if found:  # the last dimensions; no two elements of x meet in a maximum
+        spatial = set(range(y - int(found[2]), y))
+        outer = {d: d for d in range(y) if d not in spatial}
+        largest = "max_pool" in str(target)
+        return Passage(spatial, outer, set() if largest else spatial, spatial if largest else set())
+    return unknown
+
+
+def _without(same: dict[int, int], dim: int) -> dict[int, int]:
+    return {d: e for d, e in same.items() if d != dim}
+
+
+def _acted(args: list[Any], target: Any, rank: int) -> set[int]:
+    """The dimensions along which one of `ALONG` moves elements."""
+    if target is aten.constant_pad_nd.default:
+        return set(range(rank - len(args[1]) // 2, rank))
+    position = {aten.roll.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2}
+    index = position.get(target, 1)
+    dims = args[index] if len(args) > index else 0
+    return {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}
+
+
+def _indexed(dim: int, count: int, y: int) -> Passage:
+    """Dimension `dim` of x replaced by the `count` dimensions of an index."""
+    spread = set(range(dim, dim + count))
+    through = {d: d if d < dim else d - count + 1 for d in range(y) if d not in spread}
+    return Passage(spread, through, set(), set())
+
+
+def _convolution(y: int, x: int, args: list[Any], node: fx.Node) -> Passage:
+    spatial = set(range(2, y))
+    if args[0] is node:
+        return Passage({1, *spatial}, {0: 0}, set(range(1, x)))
+    if args[1] is not node:
+        return Passage({0, *spatial}, {1: 0}, set())
+    transposed, groups = args[6], args[8]
+    channel = 1 if transposed else 0
+    if transposed and groups != 1:
+        return Passage({0, *spatial}, {}, set(range(x)))
+    return Passage({0, *spatial}, {1: channel}, set(range(x)) - {channel})
 
 
 def _linear(y: int, x: int, first: bool, weight: bool) -> Passage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import fx
 
 from hesscale_fx import structures
 from hesscale_fx.structures import definitions
-from hesscale_fx.trace import Tracer
+from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
 
 
 @dataclass
@@ -33,14 +32,6 @@ class Primitives:
     whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
-@dataclass
-class Template:
-    """A definition traced once, for operands of one kind."""
-
-    graph: fx.Graph
-    outputs: list[fx.Node | None]
-
-
 def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:
     """The same graph with every operator that has a definition replaced by it."""
     result = Primitives()
@@ -53,7 +44,8 @@ def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:
         if node.target is operator.getitem and node.args[0] in parts:
             result.of[node] = parts[node.args[0]][node.args[1]]
             continue
-        definition = structures.definition_of(node.target)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        definition = structures.definition_of(node.target, args, kwargs)
         written = definition is not None and is_floating(node)
         several = isinstance(value, (tuple, list))
         if not written or several:
@@ -101,44 +93,22 @@ def _inline(
     key = (node.target, repr(constants), repr(spec), tuple(kind_of(n) for n in inputs))
     if key not in templates:
 
-        def call(values: list[Any]) -> Any:
+        def call(values: list[Any], tracer: Tracer) -> list[Any]:
             rest = iter(values)
             filled = [next(rest) if isinstance(v, fx.Node) else v for v in leaves]
             args, kwargs = pytree.tree_unflatten(filled, spec)
             if saved:
                 kwargs["saved"] = [v.detach() for v in rest]
-            return definition(*args, **kwargs)
+            out = definition(*args, **kwargs)
+            return list(out) if isinstance(out, (tuple, list)) else [out]
 
-        templates[key] = _trace(call, [n.meta["val"] for n in inputs], fake_mode)
-    template = templates[key]
-    env: dict[fx.Node, fx.Node] = {}
-    pending = iter(inputs)
-    for inner in template.graph.nodes:
-        if inner.op == "placeholder":
-            env[inner] = next(pending)
-            continue
-        env[inner] = result.graph.node_copy(inner, env.__getitem__)
-        env[inner].meta["stack_trace"] = node.meta.get("stack_trace")
-        result.source[env[inner]] = node
-    return [None if o is None else env[o] for o in template.outputs]
+        templates[key] = trace(call, [n.meta["val"] for n in inputs], fake_mode)
 
+    def mark(made: fx.Node, role: str) -> None:
+        made.meta["stack_trace"] = node.meta.get("stack_trace")
+        result.source[made] = node
 
-def _trace(call: Callable[[list[Any]], Any], values: list[Any], fake_mode: Any) -> Template:
-    tracer = Tracer(fake_mode)
-    with tracer.recording():
-        for i, value in enumerate(values):
-            tracer.track(value, tracer.create("placeholder", f"operand_{i}"))
-        out = call(values)
-    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
-    return Template(tracer.graph, [None if o is None else tracer.node(o) for o in outputs])
-
-
-def kind_of(node: fx.Node) -> Any:
-    """What a trace may depend on of an operand: type and sizes, not the value."""
-    value = node.meta["val"]
-    if isinstance(value, torch.Tensor):
-        return (value.dtype, value.device, tuple(map(str, value.shape)))
-    return str(value)
+    return inline(result.graph, templates[key], inputs, mark)
 
 
 def is_floating(node: fx.Node) -> bool:

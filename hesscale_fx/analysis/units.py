@@ -95,6 +95,7 @@ class Partition:
         self._users = {n: [u for u in n.users if u in active] for n in graph.nodes if n in active}
         self._nodes = [n for n in graph.nodes if n in active and n.op == "call_function"]
         self._flat = self._flat_nodes()
+        self._outer = self._outer_nodes()
         self._levels = self._find_levels()
         self._unit_at: dict[tuple[fx.Node, int], Unit] = {}
         self._alone: dict[fx.Node, Unit] = {}
@@ -111,9 +112,16 @@ class Partition:
             users = self._users[node]
             if users and all(u in flat and self.is_linear(u) for u in users):
                 flat.add(node)
-        # An operator with a definition is flat as a whole or not at all.
-        curved = {self._source[n] for n in self._nodes if n not in flat}
-        return {n for n in flat if self._source[n] not in curved}
+        return flat
+
+    def _outer_nodes(self) -> set[fx.Node]:
+        """Nodes that no region needs: linear ones whose Hessian is zero.
+
+        An operator with a definition is one of them as a whole or not at all.
+        """
+        outer = {n for n in self._flat if is_part(n) or self.is_linear(n)}
+        curved = {self._source[n] for n in self._nodes if n not in outer}
+        return {n for n in outer if self._source[n] not in curved}
 
     def is_flat(self, node: fx.Node) -> bool:
         """Whether the Hessian of a node is zero."""
@@ -125,7 +133,7 @@ class Partition:
             return True
         operands = [a for a in operands_of(node) if a in self._active]
         if node.target in table.REDUCTIONS:
-            return "m" not in str(node.target).split(".")[1][:1] or "mean" in str(node.target)
+            return True  # a maximum is linear but for ties
         if node.target in table.LINEAR_POINTWISE:
             return True
         if node.target in table.PRODUCTS:
@@ -140,17 +148,17 @@ class Partition:
         return structure.linear or (structure.name == "contraction" and len(operands) == 1)
 
     def _in_region(self, node: fx.Node) -> bool:
-        return is_region_node(node) and node not in self._flat
+        return is_region_node(node) and node not in self._outer
 
     def _find_levels(self) -> dict[fx.Node, set[int]]:
         levels: dict[fx.Node, set[int]] = {}
         for node in reversed(self._nodes):
-            if node in self._flat:
+            if node in self._outer or node is self._loss:
                 levels[node] = {0}
                 continue
             found: set[int] = set()
             for user in self._users[node]:
-                if self._in_region(user) or user in self._flat or is_part(user):
+                if self._in_region(user) or user in self._outer or is_part(user):
                     found |= levels[user]
                 else:
                     found.add(max(levels[user]) + 1)
@@ -159,7 +167,7 @@ class Partition:
 
     def _use_level(self, user: fx.Node) -> int:
         """The level at which a unit of one operator uses its operands."""
-        return 0 if user in self._flat else max(self._levels[user]) + 1
+        return 0 if user in self._outer else max(self._levels[user]) + 1
 
     # --- units --------------------------------------------------------------------------------
 
@@ -191,7 +199,7 @@ class Partition:
                 unit.inputs = [
                     (a, self._producer(a, level)) for a in operands_of(node) if a in self._active
                 ]
-                if node in self._flat and is_region_node(node):
+                if node in self._outer and is_region_node(node):
                     unit.region = self._region([node])
                     unit.inputs = list(dict.fromkeys(unit.inputs))
         return self._sorted(set(self._alone.values()) | set(self._unit_at.values()))
@@ -224,14 +232,16 @@ class Partition:
         unit = self._known.get(key)
         if unit is None:
             unit = self._known[key] = Unit(group, inputs, [], self._region(group))
+            if unit.region is not None:
+                unit.region.outputs = unit.outputs  # one list: what other units use
         unit.levels.append(level)
         for node in group:
             self._unit_at[node, level] = unit
-            used = any(self._uses(u, level) and u not in members for u in self._users[node])
+            used = node is self._loss or any(
+                self._uses(u, level) and u not in members for u in self._users[node]
+            )
             if used and node not in unit.outputs:
                 unit.outputs.append(node)
-                if unit.region is not None and node not in unit.region.outputs:
-                    unit.region.outputs.append(node)
 
     def _uses(self, user: fx.Node, level: int) -> bool:
         if self._in_region(user):

@@ -21,14 +21,23 @@ DEFINITIONS: dict[Any, Callable[..., Any]] = {}
 AT_CAPTURE: dict[Any, Callable[..., Any]] = {}
 # Their definition reads other outputs of the call (a drawn mask), passed as the keyword `saved`.
 READS_OUTPUTS: set[Any] = set()
+# Their definition holds for some calls only; asked with the call's arguments.
+ACCEPTS: dict[Any, Callable[..., bool]] = {}
 
 
-def defines(*ops: Any, at_capture: bool = False, reads_outputs: bool = False) -> Callable:
+def defines(
+    *ops: Any,
+    at_capture: bool = False,
+    reads_outputs: bool = False,
+    accepts: Callable[..., bool] | None = None,
+) -> Callable:
     def decorate(function: Callable) -> Callable:
         for op in ops:
             (AT_CAPTURE if at_capture else DEFINITIONS)[op] = function
             if reads_outputs:
                 READS_OUTPUTS.add(op)
+            if accepts is not None:
+                ACCEPTS[op] = accepts
         return function
 
     return decorate
@@ -172,7 +181,7 @@ def native_layer_norm(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float)
     dims = list(range(x.dim() - len(shape), x.dim()))
     d, v = moments(x, dims)
     rstd = (v + eps).rsqrt()
-    return affine(d * rstd, weight, bias), x.mean(dims, keepdim=True), rstd
+    return affine(d * rstd, weight, bias), None, None
 
 
 @defines(aten.rms_norm.default)
@@ -189,7 +198,7 @@ def fused_rms_norm(x: Tensor, shape: Any, weight: Any, eps: Any) -> Any:
     dims = list(range(x.dim() - len(shape), x.dim()))
     tiny = torch.finfo(x.dtype).eps if eps is None else eps
     rstd = ((x * x).mean(dims, keepdim=True) + tiny).rsqrt()
-    return affine(x * rstd, weight, None), rstd
+    return affine(x * rstd, weight, None), None
 
 
 def per_channel(p: Tensor | None, x: Tensor) -> Tensor | None:
@@ -282,6 +291,44 @@ def rrelu(
     if not training:
         return torch.nn.functional.leaky_relu(x, (lower + upper) / 2), None
     return x * saved[1], None
+
+
+@defines(aten.abs.default)
+def absolute(x: Tensor) -> Tensor:
+    """Autograd's second derivative of abs bakes sizes in; it is zero."""
+    return x * x.sgn().detach()
+
+
+@defines(aten.max.dim, aten.min.dim, reads_outputs=True)
+def choose(x: Tensor, dim: int, keepdim: bool = False, *, saved: Any = None) -> Any:
+    """The entry at the index that the operator chose."""
+    dims = dims_of(x, dim)
+    if not dims:
+        return x.clone(), None
+    index = saved[1] if keepdim else saved[1].unsqueeze(dims[0])
+    shape = [-1 if d == dims[0] else 1 for d in range(x.dim())]
+    here = torch.arange(x.shape[dims[0]], device=x.device).reshape(shape) == index
+    # where, not a product: an infinite entry times zero is NaN.
+    chosen = torch.where(here, x, torch.zeros_like(x))
+    return squeeze(total(chosen, dims), dims, keepdim), None
+
+
+def picks_one(x: Any, dim: int, index: Any, **options: Any) -> bool:
+    """Whether a gather takes one entry of each row (x and index: tensors or their stand-ins)."""
+    dim = dim % max(len(x.shape), 1)
+    if len(x.shape) == 0 or index.shape[dim] != 1:
+        return False
+    pairs = zip(x.shape, index.shape, strict=True)
+    return all(str(a) == str(b) for d, (a, b) in enumerate(pairs) if d != dim)
+
+
+@defines(aten.gather.default, accepts=picks_one)
+def pick(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """The labelled entry of each row, as a sum over the row."""
+    dims = dims_of(x, dim)
+    shape = [-1 if d == dims[0] else 1 for d in range(x.dim())]
+    here = torch.arange(x.shape[dims[0]], device=x.device).reshape(shape) == index
+    return total(torch.where(here, x, torch.zeros_like(x)), dims)
 
 
 @defines(aten.hardsigmoid.default)
@@ -396,45 +443,6 @@ def baddbmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -
 @defines(aten.addr.default, at_capture=True)
 def addr(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     return scaled_sum(beta, a, alpha, b.unsqueeze(1) * c)
-
-
-@defines(aten.embedding_bag.padding_idx, at_capture=True)
-def embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool,
-    mode: int,
-    sparse: bool,
-    per_sample_weights: Tensor | None,
-    include_last_offset: bool,
-    padding_idx: int | None,
-) -> Any:
-    """A lookup, then a sum, mean or maximum over each bag."""
-    if scale_grad_by_freq:
-        raise NotImplementedError("embedding_bag with scale_grad_by_freq has no true Jacobian")
-    starts = offsets[:-1] if include_last_offset else offsets
-    position = torch.arange(indices.shape[0], device=indices.device)
-    bag = torch.searchsorted(starts, position.to(starts.dtype), right=True) - 1
-    rows = torch.nn.functional.embedding(indices, weight)
-    kept = torch.ones_like(indices, dtype=rows.dtype)
-    if padding_idx is not None:
-        kept = (indices != padding_idx % weight.shape[0]).to(rows.dtype)
-    if mode == 2:
-        low = rows.masked_fill((kept == 0).unsqueeze(1), float("-inf"))
-        out = rows.new_zeros(starts.shape[0], weight.shape[1])
-        index = bag.unsqueeze(1).expand_as(rows)
-        out = out.scatter_reduce(0, index, low, "amax", include_self=False)
-        out = out.masked_fill(out == float("-inf"), 0.0)
-    else:
-        if per_sample_weights is not None:
-            rows = rows * per_sample_weights.unsqueeze(1)
-        rows = rows * kept.unsqueeze(1)
-        out = rows.new_zeros(starts.shape[0], weight.shape[1]).index_add(0, bag, rows)
-        if mode == 1:
-            size = kept.new_zeros(starts.shape[0]).index_add(0, bag, kept).clamp(min=1)
-            out = out / size.unsqueeze(1)
-    return out, bag, torch.zeros_like(starts), torch.zeros_like(starts)
 
 
 def reduced(loss: Tensor, reduction: int) -> Tensor:

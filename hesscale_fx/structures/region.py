@@ -262,8 +262,9 @@ class RegionAt:
             slopes = self._slopes(v, inside)
             parts = [self._total(entries(v, v), absent)]
             for i, (a, ca) in enumerate(slopes):
-                cross = self._total(entries(v, a), inside)
-                parts.append(self._layout.sum(mul(cross, ca + ca), outside))
+                for term in entries(v, a):  # one by one: not all vary along every axis
+                    cross = mul(self._layout.sum(term, inside), ca + ca)
+                    parts.append(self._layout.sum(cross, outside))
                 for b, cb in slopes[: i + 1]:
                     factor = ca if a is b else ca + ca
                     parts.append(self._layout.sum(mul(between(a, b), factor, cb), outside))

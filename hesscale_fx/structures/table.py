@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
+from hesscale_fx.structures.bag import EmbeddingBag
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.contraction import Contraction, Trilinear
 from hesscale_fx.structures.selection import (
@@ -72,7 +73,7 @@ SELECTION = packets(
 SELECTION += [
     aten.index.Tensor, aten.split.Tensor, aten.scatter.src, aten.scatter.value,
     aten.repeat_interleave.self_int,
-    aten.repeat_interleave.self_Tensor, aten.max.dim, aten.min.dim, aten.median.dim,
+    aten.repeat_interleave.self_Tensor, aten.median.dim,
     aten.nanmedian.dim,
 ]  # fmt: skip
 
@@ -125,6 +126,7 @@ TABLE: dict[Any, Structure] = {
     **{op: ManyToOne() for op in MANY_TO_ONE},
     **{op: ManyToOne(accepts=reduces_linearly) for op in TIES},
     aten._trilinear.default: Trilinear(),
+    aten.embedding_bag.padding_idx: EmbeddingBag(),
     **SCALED,
     **SEPARABLE,
 }
@@ -172,7 +174,11 @@ def is_pointwise(op: Any) -> bool:
     return torch.Tag.pointwise in getattr(op, "tags", ()) and op not in TABLE
 
 
-def definition_of(op: Any) -> Callable | None:
+def definition_of(op: Any, args: tuple = (), kwargs: Any = None) -> Callable | None:
+    """An operator written out; asked with the arguments of a call where not all have one."""
+    accepts = definitions.ACCEPTS.get(op)
+    if accepts is not None and args and not accepts(*args, **(kwargs or {})):
+        return None
     return definitions.DEFINITIONS.get(op)
 
 

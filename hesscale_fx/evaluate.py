@@ -1,0 +1,120 @@
+"""The rule of a unit at given values of the tensors that enter it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from hesscale_fx import structures
+from hesscale_fx.analysis.primitives import Primitives
+from hesscale_fx.analysis.units import Unit
+from hesscale_fx.structures import Call, Evaluation, definitions
+from hesscale_fx.structures.base import Tensors
+from hesscale_fx.structures.region import RegionAt
+
+Values = Callable[[fx.Node], Any]
+
+
+def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
+    """The unit's three questions where the entering nodes have `values`."""
+    if unit.region is not None:
+        return RegionAt(unit.region, values, native.runner(unit, values))
+    call = unit.call
+    structure = structures.structure_of(call.target, call.args, call.kwargs)
+    assert structure is not None, f"no structure for {call.target}"
+    leaves, spec = pytree.tree_flatten((tuple(call.args), dict(call.kwargs)))
+    wanted = {n for n, _ in unit.inputs}
+    active = [i for i, v in enumerate(leaves) if isinstance(v, fx.Node) and v in wanted]
+    leaves = [values(v) if isinstance(v, fx.Node) else v for v in leaves]
+    inner = structure.at(Call(call.target, leaves, spec, active))  # type: ignore[arg-type]
+    parts = [n.args[1] for n in unit.outputs if n.target is operator.getitem]
+    return Parts(inner, parts) if parts else inner  # type: ignore[arg-type]
+
+
+class Native:
+    """Runs a region by the captured operators where it holds the whole of their definition.
+
+    So the gradient of a layer norm is PyTorch's own kernel, not that of its definition.
+    """
+
+    def __init__(self, primitives: Primitives, units: list[Unit]) -> None:
+        self._primitives = primitives
+        self._written: dict[fx.Node, set[fx.Node]] = {}  # captured node -> its nodes in units
+        for node in {n for u in units for n in u.nodes}:
+            self._written.setdefault(primitives.source[node], set()).add(node)
+
+    def sources(self, unit: Unit) -> dict[fx.Node, bool]:
+        """The captured nodes behind a unit, and whether each can be called itself."""
+        members = set(unit.nodes)
+        found = dict.fromkeys(self._primitives.source[n] for n in unit.nodes)
+        return {source: self._is_whole(source, members) for source in found}
+
+    def _is_whole(self, source: fx.Node, members: set[fx.Node]) -> bool:
+        return (
+            source in self._primitives.defined
+            and source.target not in definitions.READS_OUTPUTS
+            and self._written[source] <= members
+        )
+
+    def runner(
+        self, unit: Unit, values: Values
+    ) -> Callable[[Mapping[fx.Node, Tensor]], list[Tensor]]:
+        """Computes a region's outputs from its inputs."""
+        region = unit.region
+        assert region is not None
+
+        def run(inputs: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+            local: dict[fx.Node, Any] = dict(inputs)
+
+            def value(node: fx.Node) -> Any:
+                return local[node] if node in local else values(node)
+
+            whole = self.sources(unit)
+            done: set[fx.Node] = set()
+            for node in unit.nodes:
+                source = self._primitives.source[node]
+                if not whole[source]:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                    local[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                elif source not in done:
+                    done.add(source)
+                    local.update(self._call(source, value))
+            return [local[n] for n in region.outputs]
+
+        return run
+
+    def _call(self, source: fx.Node, value: Values) -> dict[fx.Node, Any]:
+        of = self._primitives.of
+        args, kwargs = fx.node.map_arg((source.args, source.kwargs), lambda n: value(of[n]))
+        result = source.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(result, Tensor):
+            return {of[source]: result}
+        parts = [u for u in source.users if u.target is operator.getitem and u in of]
+        return {of[u]: result[u.args[1]] for u in parts}
+
+
+class Parts:
+    """A multi-output operator seen through those of its outputs that are used."""
+
+    def __init__(self, inner: Evaluation, parts: list[int]) -> None:
+        self._inner = inner
+        self._parts = parts
+
+    def _all(self, values: Tensors) -> list[Tensor | None]:
+        result: list[Tensor | None] = [None] * (max(self._parts) + 1)
+        for part, value in zip(self._parts, values, strict=True):
+            result[part] = value
+        return result
+
+    def vjp(self, u: Tensors) -> list[Tensor | None]:
+        return self._inner.vjp(self._all(u))
+
+    def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
+        return self._inner.squared_vjp(self._all(s))
+
+    def curvature(self, g: Tensors) -> list[Tensor | None]:
+        return self._inner.curvature(self._all(g))
