@@ -38,6 +38,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
+from hesscale_fx.structures.ctc import captured_whole
 
 aten = torch.ops.aten
 HERE = os.path.dirname(__file__)
@@ -269,7 +270,7 @@ def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
     options: dict[str, Any] = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
     try:
         # On failure export prints its partial graph to stderr.
-        with quiet(), redirect_stderr(io.StringIO()), torch.enable_grad(), no_autocast():
+        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole():
             try:
                 return torch.export.export(step, tuple(tensors), **options)
             except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
@@ -304,6 +305,13 @@ def is_free(program: Any) -> bool:
     return all(
         not isinstance(v.shape[0], int) for v in values if isinstance(v, torch.Tensor) and v.dim()
     )
+
+
+@contextmanager
+def grad_modes() -> Iterator[None]:
+    """The modes in which a model is captured, whatever the caller's."""
+    with torch.enable_grad(), no_autocast():
+        yield
 
 
 @contextmanager

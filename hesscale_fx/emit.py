@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from hesscale_fx import structures
 from hesscale_fx.analysis.exactness import State
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
@@ -70,6 +71,7 @@ class Emission:
         self._graph.output((self._values[loss], *found.values()))
         generated = {n for n, o in self._origin.items() if o.role != "forward"}
         simplify(self._graph, generated)
+        self._mark_outputs(outputs)
         rename(self._graph, self._origin)
         annotate(self._graph, self._origin)
         return self._graph
@@ -106,6 +108,7 @@ class Emission:
         self, target: Any, args: Any, kwargs: Any, value: Callable[[fx.Node], Any], origin: Origin
     ) -> list[fx.Node | None]:
         """Emit one call as PyTorch executes it, below autograd."""
+        implementation = structures.implementation_of(target)
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         inputs = [value(v) for v in leaves if isinstance(v, fx.Node)]
         constants = [None if isinstance(v, fx.Node) else v for v in leaves]
@@ -114,7 +117,7 @@ class Emission:
             rest = iter(values)
             filled = [next(rest) if isinstance(v, fx.Node) else v for v in leaves]
             inner_args, inner_kwargs = pytree.tree_unflatten(filled, spec)
-            out = target(*inner_args, **inner_kwargs)
+            out = implementation(*inner_args, **inner_kwargs)
             return list(out) if isinstance(out, (tuple, list)) else [out]
 
         return self._emit((target, repr(constants), repr(spec)), run, inputs, origin)
@@ -261,6 +264,15 @@ class Emission:
             for role in self._method.roles:
                 found[role][name] = values.get(role) or self._zeros(leaf, role)
         return found
+
+    def _mark_outputs(self, outputs: dict[str, Leaf]) -> None:
+        """Simplifying may have put a step on the way in the place of a result."""
+        (results,) = self._graph.find_nodes(op="output")
+        for role, found in zip(self._method.roles, results.args[0][1:], strict=True):
+            for name, node in found.items():
+                if self._origin[node].role == role:
+                    slot = (self._primitives.of[outputs[name].node], None)
+                    self._mark_result(node, slot, role, self._origin[node].rule)
 
     def _zeros(self, leaf: Leaf, role: str) -> fx.Node:
         like = leaf.node.meta["val"].dtype

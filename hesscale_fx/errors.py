@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch.fx
@@ -46,6 +47,9 @@ class NotCapturedError(HesScaleError, RuntimeError):
     """The graph was asked for before the first call captured it."""
 
 
+NOT_OURS = ("/torch/", os.path.dirname(__file__))
+
+
 def source_line(node: torch.fx.Node) -> str:
     """The user's own source line of a node, e.g. ``model.py:12: h = foo(x)``; may be empty."""
     trace = node.meta.get("stack_trace") or ""
@@ -56,9 +60,9 @@ def source_line(node: torch.fx.Node) -> str:
         if lines[i].startswith("File ")
     ]
     # The innermost frame outside torch is the line the user wrote.
-    own = [f for f in frames if "/torch/" not in f[0].split(",")[0]]
-    if not own and not frames:
+    own = [f for f in frames if not any(p in f[0].split(",")[0] for p in NOT_OURS)]
+    if not own:
         return ""
-    where, code = (own or frames)[-1]
+    where, code = own[-1]
     found = re.match(r'File "(.*)", line (\d+)', where)
     return f"{found[1]}:{found[2]}: {code}" if found else code

@@ -328,13 +328,12 @@ class HesScaleModule(fx.GraphModule):
         """
         program, tensors = self._find(args, kwargs)
         state = torch.get_rng_state()
-        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        step, names = self._build.step, self._build.names
+        before = {name: b.clone() for name, b in step.named_buffers()}
         out = self(*args, **kwargs)
         with torch.no_grad():
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(buffers[name])
-        after = torch.get_rng_state()
-        step, names = self._build.step, self._build.names
+            for name, buffer in step.named_buffers():
+                buffer.copy_(before[name])
         step.bind(args, kwargs)
         inputs = [i.name for i in program.signature.inputs]
         start = {
@@ -351,7 +350,7 @@ class HesScaleModule(fx.GraphModule):
         try:
             return verify(losses, state, chosen, out.hess_diag, samples, seed)
         finally:
-            torch.set_rng_state(after)
+            torch.set_rng_state(state)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile calls with `torch.compile`; before the first capture, from then on."""

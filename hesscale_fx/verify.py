@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hesscale_fx import structures
 from hesscale_fx.capture import Captured
 from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.report import Agreement, Verification
@@ -59,7 +60,8 @@ def graph_loss(
         for node in graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)
+                call = structures.differentiable(node.target)
+                env[node] = call(*args, **kwargs)
         return env[of[captured.loss]]
 
     return loss

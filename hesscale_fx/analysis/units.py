@@ -145,7 +145,7 @@ class Partition:
         structure = structures.structure_of(node.target, node.args, node.kwargs)
         if structure is None:
             return False
-        return structure.linear or (structure.name == "contraction" and len(operands) == 1)
+        return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
 
     def _in_region(self, node: fx.Node) -> bool:
         return is_region_node(node) and node not in self._outer

@@ -7,6 +7,8 @@ from hesscale_fx.structures.base import Call, Evaluation, Structure
 from hesscale_fx.structures.table import (
     definition_of,
     definitions_for_capture,
+    differentiable,
+    implementation_of,
     is_known,
     structure_of,
 )
@@ -17,6 +19,8 @@ __all__ = [
     "Structure",
     "definition_of",
     "definitions_for_capture",
+    "differentiable",
+    "implementation_of",
     "is_known",
     "structure_of",
 ]

@@ -56,11 +56,11 @@ class EmbeddingBagAt:
             return [None] * len(self.call.active)
         if args["mode"] == MAX:  # a selection
             return self.call.vjp(s[:1], widen)
-        bag = self._bags(args)
+        bag = bags_of(args["indices"], args["offsets"], args["last"])
         weight, indices = widen(args["weight"]), args["indices"]
         rows = s[0][bag]
         scale = torch.ones_like(rows[:, 0]) if args["scale"] is None else widen(args["scale"])
-        kept = self._kept(args, scale)
+        kept = counted(args["indices"], args["pad"], weight, scale)
         share = kept
         if args["mode"] == MEAN:
             size = torch.zeros_like(s[0][:, 0]).index_add(0, bag, kept).clamp(min=1)
@@ -72,21 +72,51 @@ class EmbeddingBagAt:
         of_scale = (weight[indices].square() * rows).sum(1) * share.square()
         return [of_weight if i == 0 else of_scale for i in self.call.active]
 
-    def _bags(self, args: dict[str, Any]) -> Tensor:
-        """The bag of each position."""
-        offsets, indices = args["offsets"], args["indices"]
-        starts = offsets[:-1] if args["last"] else offsets
-        position = torch.arange(indices.shape[0], device=indices.device).to(starts.dtype)
-        return torch.searchsorted(starts, position, right=True) - 1
-
-    def _kept(self, args: dict[str, Any], like: Tensor) -> Tensor:
-        pad = args["pad"]
-        if pad is None:
-            return torch.ones_like(like)
-        return (args["indices"] != pad % args["weight"].shape[0]).to(like.dtype)
-
     def _together(self, bag: Tensor, args: dict[str, Any], coefficient: Tensor) -> Tensor:
         """For each position the sum of coefficients of its index within its bag."""
         key = bag * args["weight"].shape[0] + args["indices"]
         group = torch.searchsorted(key.sort().values, key)
         return torch.zeros_like(coefficient).index_add(0, group, coefficient)[group]
+
+
+def bags_of(indices: Tensor, offsets: Tensor, include_last: bool) -> Tensor:
+    """The bag of each position."""
+    starts = offsets[:-1] if include_last else offsets
+    position = torch.arange(indices.shape[0], device=indices.device).to(starts.dtype)
+    return torch.searchsorted(starts, position, right=True) - 1
+
+
+def counted(indices: Tensor, pad: int | None, weight: Tensor, like: Tensor) -> Tensor:
+    """One for each position, zero where it is padding."""
+    if pad is None:
+        return torch.ones_like(like)
+    return (indices != pad % weight.shape[0]).to(like.dtype)
+
+
+def written_out(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    scale: Tensor | None = None,
+    last: bool = False,
+    pad: int | None = None,
+) -> list[Tensor]:
+    """The operator in plain torch, which autograd can differentiate twice."""
+    bag = bags_of(indices, offsets, last)
+    bags = offsets.shape[0] - (1 if last else 0)
+    rows = weight[indices]
+    kept = counted(indices, pad, weight, rows[:, 0])
+    empty = rows.new_zeros(bags, weight.shape[1])
+    if mode == MAX:
+        index = bag.unsqueeze(1).expand_as(rows)
+        low = rows.masked_fill((kept == 0).unsqueeze(1), float("-inf"))
+        found = empty.scatter_reduce(0, index, low, "amax", include_self=False)
+        return [found.masked_fill(found == float("-inf"), 0.0)]
+    rows = rows * kept.unsqueeze(1)
+    total = empty.index_add(0, bag, rows if scale is None else rows * scale.unsqueeze(1))
+    if mode != MEAN:
+        return [total]
+    return [total / kept.new_zeros(bags).index_add(0, bag, kept).clamp(min=1).unsqueeze(1)]

@@ -27,6 +27,8 @@ class Contraction:
     Elsayed & Mahmood 2022, eqs. 6 and 7). Second derivatives in one operand are zero.
     """
 
+    # Whether linear in each operand as a whole; a product of the entries of one operand is not.
+    in_each: bool = True
     name: str = "contraction"
     linear: bool = False
 
@@ -55,6 +57,8 @@ class Trilinear:
     The entries of J for one operand are sums of products of the other two. For `nn.Bilinear`.
     """
 
+    # Whether linear in each operand as a whole; a product of the entries of one operand is not.
+    in_each: bool = True
     name: str = "contraction"
     linear: bool = False
 

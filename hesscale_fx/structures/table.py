@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
-from hesscale_fx.structures.bag import EmbeddingBag
+from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.contraction import Contraction, Trilinear
+from hesscale_fx.structures.ctc import CTC, IMPLEMENTATIONS
 from hesscale_fx.structures.selection import (
     ManyToOne,
     ScaledSelection,
@@ -78,8 +79,10 @@ SELECTION += [
 ]  # fmt: skip
 
 CONTRACTION = [
-    aten.mm.default, aten.bmm.default, *packets("mv", "linear", "convolution", "prod", "cumprod"),
+    aten.mm.default, aten.bmm.default, *packets("mv", "linear", "convolution"),
 ]  # fmt: skip
+# Linear in each entry of their one operand, so the same rule holds.
+MULTILINEAR = packets("prod", "cumprod")
 
 # Unlike along one dimension, the median of all shares its derivative among ties.
 MANY_TO_ONE = [
@@ -120,13 +123,17 @@ SEPARABLE = {
     **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
 }  # fmt: skip
 
+TWINS: dict[Any, Callable] = {aten.embedding_bag.padding_idx: written_out}
+
 TABLE: dict[Any, Structure] = {
     **{op: Selection() for op in SELECTION},
     **{op: Contraction() for op in CONTRACTION},
+    **{op: Contraction(in_each=False) for op in MULTILINEAR},
     **{op: ManyToOne() for op in MANY_TO_ONE},
     **{op: ManyToOne(accepts=reduces_linearly) for op in TIES},
     aten._trilinear.default: Trilinear(),
     aten.embedding_bag.padding_idx: EmbeddingBag(),
+    torch.ops.hesscale_fx.ctc_loss.default: CTC(),
     **SCALED,
     **SEPARABLE,
 }
@@ -184,6 +191,16 @@ def definition_of(op: Any, args: tuple = (), kwargs: Any = None) -> Callable | N
 
 def definitions_for_capture() -> dict[Any, Callable]:
     return dict(definitions.AT_CAPTURE)
+
+
+def implementation_of(op: Any) -> Callable:
+    """What an emitted graph holds of an operator: the operator, unless it is one of ours."""
+    return IMPLEMENTATIONS.get(op, op)
+
+
+def differentiable(op: Any) -> Callable:
+    """The operator, or its like in plain torch if autograd cannot differentiate it twice."""
+    return TWINS.get(op) or implementation_of(op)
 
 
 def is_region(op: Any) -> bool:
