@@ -129,10 +129,11 @@ def inline(
 
 
 def kind_of(node: fx.Node) -> Any:
-    """What a trace may depend on of an operand: type and sizes, not the value."""
+    """What a trace may depend on of an operand: type, sizes and strides, not the value."""
     value = node.meta["val"]
     if isinstance(value, torch.Tensor):
-        return (value.dtype, value.device, tuple(map(str, value.shape)))
+        layout = (*value.shape, *value.stride())
+        return (value.dtype, value.device, tuple(map(str, layout)))
     return str(value)
 
 
