@@ -134,7 +134,6 @@ def functionalize(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             made = graph.call_function(functional, node.args, node.kwargs)
         made.meta.update(node.meta)
-        made.meta["val"] = x.meta["val"]
         order[made] = order[node]
         later = [u for u in x.users if order[u] > order[node]]
         for user in later:

@@ -1111,18 +1111,20 @@ AT_CAPTURE = [
     case(
         "",
         lambda x: F.multi_margin_loss(
-            x, i(1, 2), p=2, margin=0.7, weight=torch.tensor([1.0, 2, 3]).double()
+            x,
+            i(1, 2),
+            p=2,
+            margin=0.7,
+            weight=torch.tensor([1.0, 2, 3]).double(),
+            reduction="none",
         ),
         r(2, 3),
         note="multi_margin_loss",
-        twin=lambda x: (
-            sum(
-                w * (0.7 - x[n, k] + x[n, j]).relu() ** 2
+        twin=lambda x: torch.stack(
+            [
+                sum(w * (0.7 - x[n, k] + x[n, j]).relu() ** 2 for j in range(3) if j != k) / 3
                 for n, k, w in [(0, 1, 2), (1, 2, 3)]
-                for j in range(3)
-                if j != k
-            )
-            / 6
+            ]
         ),
     ),
     case(

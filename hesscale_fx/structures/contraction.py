@@ -63,7 +63,24 @@ class Trilinear:
     linear: bool = False
 
     def at(self, call: Call) -> TrilinearAt:
-        return TrilinearAt(call)
+        return TrilinearAt(Call(trilinear, call.leaves, call.spec, call.active))
+
+
+def trilinear(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    expand_a: list[int],
+    expand_b: list[int],
+    expand_c: list[int],
+    summed: list[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """aten._trilinear, whose own kernel torch cannot trace with symbolic sizes."""
+    rank = a.dim() + len(expand_a)
+    dims = [[d for d in range(rank) if d not in e] for e in (expand_a, expand_b, expand_c)]
+    out = [d for d in range(rank) if d not in summed]
+    return torch.einsum(a, dims[0], b, dims[1], c, dims[2], out)
 
 
 class TrilinearAt(ContractionAt):

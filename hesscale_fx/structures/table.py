@@ -15,7 +15,7 @@ from torch import Tensor
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
-from hesscale_fx.structures.contraction import Contraction, Trilinear
+from hesscale_fx.structures.contraction import Contraction, Trilinear, trilinear
 from hesscale_fx.structures.ctc import CTC, IMPLEMENTATIONS
 from hesscale_fx.structures.selection import (
     ManyToOne,
@@ -195,7 +195,7 @@ def definitions_for_capture() -> dict[Any, Callable]:
 
 def implementation_of(op: Any) -> Callable:
     """What an emitted graph holds of an operator: the operator, unless it is one of ours."""
-    return IMPLEMENTATIONS.get(op, op)
+    return {**IMPLEMENTATIONS, aten._trilinear.default: trilinear}.get(op, op)
 
 
 def differentiable(op: Any) -> Callable:
