@@ -349,7 +349,44 @@ def _embedding_bag(
     return torch.stack(bags), None, None, None
 
 
+def _ctc(log_probs, targets):
+    """The forward algorithm over the extended labels blank, a, blank, b, blank."""
+    total = 0.0
+    for i, target in enumerate(targets.tolist()):
+        labels = [0]
+        for k in target:
+            labels += [k, 0]
+        p = log_probs[:, i, labels].exp()
+        zero = p[0, 0] * 0
+        alpha = [p[0, 0], p[0, 1], *[zero] * (len(labels) - 2)]
+        for row in p[1:]:
+            old = [zero, zero, *alpha]  # alpha[j] is old[j + 2]
+            skips = [j > 1 and labels[j] not in (0, labels[j - 2]) for j in range(len(labels))]
+            alpha = [
+                row[j] * (old[j + 2] + old[j + 1] + (old[j] if skip else zero))
+                for j, skip in enumerate(skips)
+            ]
+        total = total - (alpha[-1] + alpha[-2]).log()
+    return total
+
+
+@torch.library.custom_op("hesscale_reference::ctc_loss", mutates_args=())
+def _ctc_op(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return _ctc(log_probs, targets)
+
+
+@_ctc_op.register_fake
+def _(log_probs, targets):
+    return log_probs.new_empty(())
+
+
+def ctc_loss(log_probs, targets):
+    """``F.ctc_loss`` of full lengths, summed, which torch.export cannot capture; one unit."""
+    return torch.ops.hesscale_reference.ctc_loss(log_probs, targets)
+
+
 _OVERRIDES: dict[Any, Callable] = {
+    torch.ops.hesscale_reference.ctc_loss.default: lambda saved, node, record, *args: _ctc(*args),
     aten.native_dropout.default: _dropout,
     aten.rrelu.default: _rrelu,
     aten.hardsigmoid.default: _hardsigmoid,
@@ -389,7 +426,7 @@ _CONTRACTIONS = {
     "embedding_bag",
     "conv_tbc",
 }
-# Linear, or linear between kinks, and mixing neighbours: a unit of its own.
+# A unit of its own: linear, or linear between kinks, and mixing neighbours; and CTC.
 _MIXING = {
     "avg_pool1d",
     "avg_pool2d",
@@ -410,6 +447,7 @@ _MIXING = {
     "max_unpool2d",
     "max_unpool3d",
     "embedding",
+    "ctc_loss",
     "cumsum",
     "im2col",
     "col2im",
@@ -534,76 +572,184 @@ _VIEWS = {
 }  # fmt: skip
 
 
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
+
+
+class _Axes:
+    """Which dimensions of which nodes are one axis of the data.
+
+    A dimension is an ordered list of atoms, their sizes multiply to its own. An atom is
+    a name; once identified with others, or split by a reshape, it stands for those.
+    """
+
+    def __init__(self):
+        self.size: list[int] = []
+        self.means: dict[int, list[int]] = {}
+
+    def new(self, size):
+        self.size.append(size)
+        return len(self.size) - 1
+
+    def resolve(self, atoms):
+        return [b for a in atoms for b in (self.resolve(self.means[a]) if a in self.means else [a])]
+
+    def _split(self, atom, first):
+        self.means[atom] = [self.new(first), self.new(self.size[atom] // first)]
+        return self.means[atom]
+
+    def take(self, atoms, size):
+        """The leading atoms that make up ``size``, and the rest; None if none do."""
+        atoms, head = self.resolve(atoms), []
+        while size > 1:
+            if not atoms:
+                return None
+            first, *atoms = atoms
+            if self.size[first] > size:
+                if self.size[first] % size:
+                    return None
+                first, rest = self._split(first, size)
+                atoms = [rest, *atoms]
+            if size % self.size[first]:
+                return None
+            size //= self.size[first]
+            head.append(first)
+        return head, atoms
+
+    def identify(self, one, other):
+        one, other = self.resolve(one), self.resolve(other)
+        while one and other:
+            a, b = one[0], other[0]
+            if a != b and len(one) == len(other) == 1:  # of a slice too: sizes may differ
+                self.means[a] = [b]
+                return
+            if self.size[a] < self.size[b]:
+                one, other, a, b = other, one, b, a
+            if a != b and self.size[a] > self.size[b]:
+                if self.size[a] % self.size[b]:
+                    return
+                a, rest = self._split(a, self.size[b])
+                one = [a, rest, *one[1:]]
+            if a != b:
+                self.means[a] = [b]
+            one, other = self.resolve(one[1:]), self.resolve(other[1:])
+
+
 def _row_keys(graph: _Graph, part) -> dict:
     """For every node that reduces, the axes of the component along which it does.
 
-    An axis is a class of dimensions that pointwise operators and views align. Views are
-    followed by running them on the indices of their input.
+    Axes are followed by dataflow, never by size or by position alone: pointwise
+    operators align their operands by broadcasting, reshapes merge and split axes, the
+    other views are followed by running them on the indices of their input, a reduction
+    removes what it sums over, and ``stack`` adds an axis.
     """
-    parent: dict = {}
+    known = _Axes()
+    axes: dict = {}  # node -> for every dimension its atoms
 
-    def find(a):
-        parent.setdefault(a, a)
-        while parent[a] != a:
-            a = parent[a]
-        return a
-
-    axes: dict = {}  # node -> one set of axes for every dimension
+    def fresh(shape):
+        return [[known.new(size)] for size in shape]
 
     def of(node):
         if node not in axes:
-            axes[node] = [{(node, d)} for d in range(len(_shape(graph.env[node])))]
+            axes[node] = fresh(_shape(graph.env[node]))
         return axes[node]
 
-    def align(one, other):
-        if len(one) == len(other) == 1:
-            parent[find(next(iter(one)))] = find(next(iter(other)))
+    def viewed(n):
+        source = n.args[0]
+        shape = _shape(graph.env[source])
+        index = torch.arange(math.prod(shape)).reshape(shape)
+        moved = graph.call(n, {source: index})
+        moved = moved[0] if isinstance(moved, (tuple, list)) else moved
+        coordinates = torch.unravel_index(moved, shape) if shape else ()
+        result = fresh(moved.shape)
+        for d in range(moved.ndim):
+            varies = [
+                of(source)[i]
+                for i, c in enumerate(coordinates)
+                if moved.shape[d] > 1 and c.numel() and (c.diff(dim=d) != 0).any()
+            ]
+            if varies:
+                result[d] = [a for v in varies for a in v]
+        return result
+
+    def reshaped(n, out):
+        atoms = [
+            a
+            for size, dim in zip(_shape(graph.env[n.args[0]]), of(n.args[0]), strict=True)
+            if size > 1
+            for a in dim
+        ]
+        result = []
+        for size in out:
+            taken = known.take(atoms, size)
+            if taken is None:
+                return fresh(out)
+            result.append(taken[0] or [known.new(1)])
+            atoms = taken[1]
+        return result
+
+    def stacked(n, out):
+        at = (n.args[1] if len(n.args) > 1 else 0) % len(out)
+        result = fresh(out)
+        for a in n.args[0]:
+            for d, theirs in zip([d for d in range(len(out)) if d != at], of(a), strict=True):
+                known.identify(result[d], theirs)
+        return result
+
+    def repeated(n, out):
+        times, *dim = n.args[1:]
+        dim = dim[0] if dim else n.kwargs.get("dim")
+        if dim is None or not isinstance(times, int):
+            return fresh(out)
+        result = list(of(n.args[0]))
+        result[dim] = [*result[dim], known.new(times)]
+        return result
+
+    def aligned(n, out):
+        """Operands by broadcasting; of other operators only those of as many dimensions."""
+        everywhere = torch.Tag.pointwise in getattr(n.target, "tags", ())
+        everywhere = everywhere or _op_name(n) in ("layer_norm", "rms_norm")
+        mine: list = [None] * len(out)
+        for a in n.all_input_nodes:
+            shape = _shape(graph.env[a])
+            if not everywhere and len(shape) != len(out):
+                continue
+            for d in range(1, min(len(out), len(shape)) + 1):
+                if shape[-d] == out[-d] > 1:
+                    theirs = of(a)[-d]
+                    if mine[-d] is None:
+                        mine[-d] = theirs
+                    else:
+                        known.identify(mine[-d], theirs)
+        return [m if m is not None else f for m, f in zip(mine, fresh(out), strict=True)]
 
     keys = {}
     for n in part:
         dims = _reduced_dims(graph, n)
         out = _shape(graph.env[n])
-        operands = [
-            a for a in n.all_input_nodes if isinstance(graph.env[a], (torch.Tensor, tuple, list))
-        ]
+        name = _op_name(n)
         if dims:
-            keys[n] = {a for d in dims for a in of(n.args[0])[d]}
-        if _op_name(n) in _VIEWS:
-            source = n.args[0]
-            shape = _shape(graph.env[source])
-            index = torch.arange(math.prod(shape)).reshape(shape)
-            moved = graph.call(n, {source: index})
-            moved = moved[0] if isinstance(moved, (tuple, list)) else moved
-            coordinates = torch.unravel_index(moved, shape) if shape else ()
-            axes[n] = []
-            for d in range(moved.ndim):
-                varies = [
-                    of(source)[i]
-                    for i, c in enumerate(coordinates)
-                    if moved.shape[d] > 1 and c.numel() and (c.diff(dim=d) != 0).any()
-                ]
-                axes[n].append(set().union(*varies) if varies else {(n, d)})
-            continue
-        if (
-            dims
-            and len(out) != len(_shape(graph.env[n.args[0]]))
-            and len(out) == len(_shape(graph.env[n.args[0]])) - len(dims)
-        ):
+            first = n.args[0]
+            keys[n] = [a for d in dims for a in of(first)[d]]
+            for a in n.all_input_nodes:  # of a loss: the input and the target
+                if a is not first and _shape(graph.env[a]) == _shape(graph.env[first]):
+                    for one, other in zip(of(first), of(a), strict=True):
+                        known.identify(one, other)
+        if name in _RESHAPES:
+            axes[n] = reshaped(n, out)
+        elif name in _VIEWS:
+            axes[n] = viewed(n)
+        elif name == "stack":
+            axes[n] = stacked(n, out)
+        elif name == "repeat_interleave":
+            axes[n] = repeated(n, out)
+        elif dims and len(out) == len(of(n.args[0])) - len(dims):
             axes[n] = [a for d, a in enumerate(of(n.args[0])) if d not in dims]
-            continue
-        mine = [None] * len(out)
-        for a in operands:
-            shape = _shape(graph.env[a])
-            for d in range(1, min(len(out), len(shape)) + 1):
-                if shape[-d] == out[-d] and out[-d] > 1:
-                    theirs = of(a)[-d]
-                    if mine[-d] is None:
-                        mine[-d] = set(theirs)
-                    else:
-                        align(mine[-d], theirs)
-                        mine[-d] |= theirs
-        axes[n] = [m if m is not None else {(n, d)} for d, m in enumerate(mine)]
-    return {n: frozenset(find(a) for a in key) for n, key in keys.items()}
+        else:
+            axes[n] = aligned(n, out)
+    found = {
+        n: frozenset(a for a in known.resolve(k) if known.size[a] > 1) for n, k in keys.items()
+    }
+    return {n: key for n, key in found.items() if key}
 
 
 # --------------------------------------------------------------------------- one unit

@@ -79,6 +79,96 @@ def test_the_last_layer_is_exact(loss):
     assert_close({n: got.grads[n] for n in grads}, grads, 1e-12, "gradients")
 
 
+def _through(y, x, g, s):
+    """The diagonal of the Hessian in x of <g, y> + <s, (y - y0)^2> / 2 at y0 = y(x)."""
+    x = x.detach().clone().requires_grad_()
+    y0 = y(x).detach()
+
+    def loss():
+        return (g * y(x)).sum() + 0.5 * (s * (y(x) - y0).square()).sum()
+
+    return exact_hessian_diagonal(loss, {"x": x})["x"]
+
+
+def _grad(fn, x):
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(fn(x), x)[0]
+
+
+class _PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        y = F.layer_norm(x + self.one(x), (4,))
+        return F.layer_norm(y + self.two(y), (4,))
+
+
+def test_a_chain_of_norms_is_one_region_at_each_level():
+    """By hand: the norm below is recomputed in the region above, which spans both."""
+    net = _PostNorm().double()
+    x, target, weight = (torch.randn(3, 4).double() for _ in range(3))
+    (one, two), zero = (m.weight.detach() for m in (net.one, net.two)), torch.zeros(())
+
+    def loss(out, target):
+        return (weight * (out - target).square()).sum()
+
+    def norm(v):
+        return F.layer_norm(v, (4,))
+
+    def top(below, above):
+        return loss(norm(norm(x + below) + above), target)
+
+    below = x @ one.T
+    y = norm(x + below)
+    above = y @ two.T
+    g = _grad(lambda v: top(below, v), above)
+    s = _through(lambda v: top(below, v), above, 1.0, zero)
+    direct = _through(lambda v: top(v, above), below, 1.0, zero)
+    through = _through(lambda v: norm(x + v), below, g @ two, s @ two.square())
+    got = reference(net, loss, (x,), (target,)).hess_diag
+    assert relative_error(got["two.weight"], s.T @ y.square()) < 1e-12
+    assert relative_error(got["one.weight"], (direct + through).T @ x.square()) < 1e-12
+
+
+class _Mixture(nn.Module):
+    """Samples, experts and classes, three of each."""
+
+    def __init__(self, spelling):
+        super().__init__()
+        self.gate, self.spelling = nn.Parameter(torch.randn(3, 3).double()), spelling
+        self.experts = nn.ParameterList(torch.randn(3, 3).double() for _ in range(3))
+
+    def forward(self):
+        return self.mixed(self.gate, torch.stack(list(self.experts), -2))
+
+    def mixed(self, gate, outs):
+        gate = gate.softmax(-1)
+        if self.spelling == "stack":
+            return (gate.unsqueeze(-1) * outs).sum(-2)
+        if self.spelling == "expand":
+            flat = gate.unsqueeze(-1).expand(3, 3, 3).reshape(3, 9)
+        else:
+            flat = gate.repeat_interleave(3, -1)
+        return (flat * outs.reshape(3, 9)).view(3, 3, 3).sum(-2)
+
+
+@pytest.mark.parametrize("spelling", ["stack", "expand", "repeat"])
+def test_axes_of_equal_size_are_not_one(spelling):
+    """By hand: a region of the experts' axis ends where the classes' begins."""
+    net, labels = _Mixture(spelling), torch.tensor([1, 1, 0])
+    outs = torch.stack([e.detach() for e in net.experts], -2)
+    gate, out = net.gate.detach(), net().detach()
+    g = _grad(lambda v: F.cross_entropy(v, labels), out)
+    s = _through(lambda v: F.cross_entropy(v, labels), out, 1.0, torch.zeros(()))
+    got = reference(net, F.cross_entropy, (), (labels,)).hess_diag
+    assert relative_error(got["gate"], _through(lambda v: net.mixed(v, outs), gate, g, s)) < 1e-12
+    by_expert = _through(lambda v: net.mixed(gate, v), outs, g, s)
+    for k in range(3):
+        assert relative_error(got[f"experts.{k}"], by_expert[:, k]) < 1e-12
+
+
 def test_spelling_does_not_matter():
     """GRU: torch's layer, torch's cell in a loop."""
     layer = nn.GRU(3, 4, batch_first=True).double()
