@@ -202,13 +202,13 @@ def configured(examples):
     )
 
 
-@configured(40)
+@configured(20)
 @given(programs())
 def test_a_random_region_is_exact(program):
     check(program)
 
 
-@configured(25)
+@configured(12)
 @given(programs())
 def test_a_random_region_between_matrices(program):
     check_between_matrices(program)

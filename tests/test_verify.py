@@ -105,14 +105,7 @@ MODELS = [
 def cases():
     for name in CASES:
         marks = [] if name in MODELS else [pytest.mark.slow]
-        if name.startswith("embedding-bag"):
-            marks.append(BAGS)
         yield pytest.param(name, marks=marks)
-
-
-BAGS = pytest.mark.xfail(
-    strict=False, raises=NotImplementedError, reason="no double backward, and no definition either"
-)
 
 
 @pytest.mark.parametrize("name", list(cases()))
@@ -264,7 +257,6 @@ def test_model_and_its_state_are_as_before():
     assert net.training and hs.training
 
 
-@pytest.mark.xfail(strict=True, reason="the state after the call of the graph is put back")
 def test_random_state_is_as_before():
     net, x, y, hs = noisy()
     before = torch.get_rng_state()
