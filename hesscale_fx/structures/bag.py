@@ -104,8 +104,12 @@ def written_out(
     last: bool = False,
     pad: int | None = None,
 ) -> list[Tensor]:
-    """The operator in plain torch, which autograd can differentiate twice."""
+    """The operator in plain torch, which autograd can differentiate twice.
+
+    Of its four outputs only the first counts.
+    """
     bag = bags_of(indices, offsets, last)
+    rest = [bag, offsets, offsets]
     bags = offsets.shape[0] - (1 if last else 0)
     rows = weight[indices]
     kept = counted(indices, pad, weight, rows[:, 0])
@@ -114,9 +118,10 @@ def written_out(
         index = bag.unsqueeze(1).expand_as(rows)
         low = rows.masked_fill((kept == 0).unsqueeze(1), float("-inf"))
         found = empty.scatter_reduce(0, index, low, "amax", include_self=False)
-        return [found.masked_fill(found == float("-inf"), 0.0)]
+        return [found.masked_fill(found == float("-inf"), 0.0), *rest]
     rows = rows * kept.unsqueeze(1)
     total = empty.index_add(0, bag, rows if scale is None else rows * scale.unsqueeze(1))
     if mode != MEAN:
-        return [total]
-    return [total / kept.new_zeros(bags).index_add(0, bag, kept).clamp(min=1).unsqueeze(1)]
+        return [total, *rest]
+    size = kept.new_zeros(bags).index_add(0, bag, kept).clamp(min=1)
+    return [total / size.unsqueeze(1), *rest]
