@@ -66,7 +66,6 @@ class Captured:
     boundary: list[fx.Node]  # nodes that were marked as the model's output
     in_spec: pytree.TreeSpec
     in_leaves: list[Any]  # one an argument leaf: the name of its placeholder or a constant
-    dynamic: bool
     guards: list[Any]  # what the sizes must satisfy for the model to take the captured path
 
 
@@ -408,12 +407,6 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         boundary=boundary,
         in_spec=step.spec,  # type: ignore[arg-type]
         in_leaves=list(step.static),
-        dynamic=any(
-            not isinstance(size, int)
-            for leaf in leaves
-            if leaf.kind == "input"
-            for size in leaf.node.meta["val"].shape
-        ),
         guards=guards_of(leaves),
     )
 

@@ -31,8 +31,6 @@ from hesscale_fx.analysis.axes import Axes, AxesError
 from hesscale_fx.structures import table
 from hesscale_fx.structures.region import Region, reduction
 
-aten = torch.ops.aten
-
 
 @dataclass(eq=False)
 class Unit:

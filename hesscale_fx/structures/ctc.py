@@ -9,7 +9,7 @@ path sum is exponential-linear in log_p, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -201,6 +201,3 @@ def _summed(
     zero_infinity: bool,
 ) -> Tensor:
     return recursion(log_probs, targets, input_lengths, target_lengths, blank, 2, zero_infinity)
-
-
-IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {torch.ops.hesscale_fx.ctc_loss.default: recursion}

@@ -16,7 +16,7 @@ from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (regist
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.contraction import Contraction, Trilinear, trilinear
-from hesscale_fx.structures.ctc import CTC, IMPLEMENTATIONS
+from hesscale_fx.structures.ctc import CTC, recursion
 from hesscale_fx.structures.selection import (
     ManyToOne,
     ScaledSelection,
@@ -123,6 +123,11 @@ SEPARABLE = {
     **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
 }  # fmt: skip
 
+# One of ours, and one that torch cannot trace with symbolic sizes.
+IMPLEMENTATIONS: dict[Any, Callable] = {
+    torch.ops.hesscale_fx.ctc_loss.default: recursion,
+    aten._trilinear.default: trilinear,
+}
 TWINS: dict[Any, Callable] = {aten.embedding_bag.padding_idx: written_out}
 
 TABLE: dict[Any, Structure] = {
@@ -194,8 +199,8 @@ def definitions_for_capture() -> dict[Any, Callable]:
 
 
 def implementation_of(op: Any) -> Callable:
-    """What an emitted graph holds of an operator: the operator, unless it is one of ours."""
-    return {**IMPLEMENTATIONS, aten._trilinear.default: trilinear}.get(op, op)
+    """What an emitted graph holds of an operator, which is the operator unless it stands here."""
+    return IMPLEMENTATIONS.get(op, op)
 
 
 def differentiable(op: Any) -> Callable:
