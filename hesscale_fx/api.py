@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+)
 
 from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.units import Partition
-from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture
+from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain
 from hesscale_fx.emit import Emission
 from hesscale_fx.errors import (
+    CaptureError,
     InvalidArgumentError,
     InvalidModelError,
     UnknownNameError,
@@ -33,6 +37,7 @@ from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 
 log = logging.getLogger("hesscale_fx")
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -194,12 +199,14 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
-        start = time.perf_counter()
-        captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
-        log.info(
-            "captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start
-        )
-        return self.compile(captured)
+        reason: Exception | None = None
+        for captured in capture(self.step, args, kwargs, dynamic=self.dynamic):
+            try:
+                return self.compile(captured)
+            except DATA_DEPENDENT as error:  # of a size; another capture fixes it
+                log.info("not compiled: %s", error)
+                reason = error
+        raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
     def compile(self, captured: Captured) -> Program:
         """Analyse and emit."""
@@ -237,7 +244,7 @@ class Builder:
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(self.method, outputs, primitives, exact),
+            report=report_of(self.method, outputs, primitives, exact, captured),
             captured=captured,
             primitives=primitives,
             units=partition.units,
@@ -283,6 +290,7 @@ def report_of(
     outputs: Mapping[str, Leaf],
     primitives: Primitives,
     states: Mapping[fx.Node, Exactness],
+    captured: Captured,
 ) -> Report:
     """What the analysis found, by parameter."""
     entries = {}
@@ -292,7 +300,7 @@ def report_of(
         losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
         entries[name] = Entry(state.exact, losses)
     of = "Gauss-Newton" if method.needs_boundary else "Hessian"
-    return Report(entries, of)
+    return Report(entries, of, captured.way, tuple(d.describe() for d in captured.fixed))
 
 
 def matches(name: str, pattern: str) -> bool:

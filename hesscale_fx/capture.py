@@ -13,28 +13,30 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from hesscale_fx import structures
+from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
-from hesscale_fx.decisions import Decision, recording, replaying
+from hesscale_fx.decisions import MESSAGE, Decision, Reads, check_asserted
 from hesscale_fx.errors import (
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
     InvalidModelError,
+    Refusal,
+    source_line,
 )
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
@@ -67,6 +69,9 @@ class Captured:
     in_spec: pytree.TreeSpec
     in_leaves: list[Any]  # one an argument leaf: the name of its placeholder or a constant
     guards: list[Any]  # what the sizes must satisfy for the model to take the captured path
+    position: int  # of the loss among the graph's outputs
+    way: str = ""
+    fixed: list[Decision] = field(default_factory=list)  # values from data; asserted in the graph
 
 
 class Step(nn.Module):
@@ -232,27 +237,147 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def capture(step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
-    """Trace `step` at the given arguments.
+def capture(
+    step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool
+) -> Iterator[Captured]:
+    """Trace `step` at the given arguments, in one way after another.
+
+    The first is torch.export. Where it refuses, or where what it gave cannot be compiled because of
+    a size that depends on data, the next ones fix what came from data and assert it at each call.
+
+    Yields:
+        What was captured; ask for the next one if it cannot be compiled.
 
     Raises:
-        CaptureError: torch.export cannot trace the model.
+        CaptureError: nothing can trace the model; the reason is torch.export's.
         InvalidModelError: the result is not one real floating-point scalar.
     """
     tensors = step.bind(args, kwargs)
     names = argument_names(step, args, kwargs)
-    program = None
-    if dynamic:
-        free = [roomy(t) for t in tensors]
+    first: CaptureError | None = None
+    for way in ways(step, tensors, dynamic):
+        start = time.perf_counter()
         try:
-            program = export(step, free, dynamic=True)
-            if any(a is not b for a, b in zip(free, tensors, strict=True)) and not is_free(program):
-                program = None  # the enlarged batch got baked in: it is no batch
-        except CaptureError:
-            program = None
-    if program is None:
-        program = export(step, tensors, dynamic=False)
-    return from_program(program, step, names)
+            captured = way(names)
+        except Refusal:
+            raise
+        except CaptureError as error:
+            log.info("not captured: %s", str(error).splitlines()[0])
+            first = first or error
+            continue
+        if captured is not None:
+            seconds = time.perf_counter() - start
+            log.info(
+                "captured %d nodes by %s in %.2fs", len(captured.graph.nodes), captured.way, seconds
+            )
+            yield captured
+    if first is not None:
+        raise first
+
+
+def ways(step: Step, tensors: list[torch.Tensor], dynamic: bool) -> Iterator[Callable]:
+    """Each way of capture, best first; a way gives None where it would bake in what is free."""
+    batches = [True, False] if dynamic else [False]
+    for free in batches:
+        yield functools.partial(exported, step, tensors, free, None)
+    reads = decide(step, tensors)
+    if len(reads):
+        for free in batches:
+            yield functools.partial(exported, step, tensors, free, reads)
+    for free in batches:
+        yield functools.partial(recorded, step, tensors, reads if free else None)
+
+
+def exported(
+    step: Step, tensors: list[torch.Tensor], free: bool, reads: Reads | None, names: list[str]
+) -> Captured | None:
+    """By torch.export, with the decisions of `reads` fixed."""
+    given = [roomy(t) for t in tensors] if free else tensors
+    fixed: list[Decision] = []
+    program = export(step, given, free, reads, fixed)
+    enlarged = any(a is not b for a, b in zip(given, tensors, strict=True))
+    if enlarged and not is_free(program):
+        return None  # the enlarged batch got baked in: it is no batch
+    captured = from_program(program, step, names)
+    captured.fixed = fixed
+    captured.way = "torch.export" + (" with fixed values" if fixed else "")
+    return captured
+
+
+def recorded(
+    step: Step, tensors: list[torch.Tensor], reads: Reads | None, names: list[str]
+) -> Captured | None:
+    """By make_fx below autograd: on symbolic sizes with `reads`, else on the example's values."""
+    free = reads is not None
+    given = [roomy(t) for t in tensors] if free else tensors
+    fixed: list[Decision] = []
+    try:
+        with quiet(), grad_modes(), captured_whole():
+            path = below_autograd.trace(step, given, reads, fixed)
+    except HesScaleError:
+        raise
+    except Exception as error:
+        raise CaptureError(explain(error, step)) from error
+    program = export(path.module, given, free, None, fixed, step)
+    enlarged = any(a is not b for a, b in zip(given, tensors, strict=True))
+    if enlarged and not is_free(program):
+        return None
+    captured = from_program(program, step, names)
+    inputs = [leaf for leaf in captured.leaves if leaf.kind == "input"]
+    sizes = {
+        s: as_expression(inputs[i].node.meta["val"].shape[d]) for s, (i, d) in path.sizes.items()
+    }
+    captured.guards += [g.xreplace(sizes) for g in path.guards if g.free_symbols]
+    captured.fixed = fixed
+    captured.way = "make_fx" if free else "make_fx on values"
+    check_gradient(captured, step, tensors)
+    return captured
+
+
+def as_expression(size: Any) -> Any:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def check_gradient(captured: Captured, step: Step, tensors: list[torch.Tensor]) -> None:
+    """Refuse a path below autograd along which autograd finds another gradient than in the model.
+
+    It would be an error of ours, not the user's; a wrong number is worse.
+    """
+    parameters = {n: p for n, p in step.named_parameters() if p.requires_grad}
+    buffers = {name: b.clone() for name, b in step.named_buffers()}
+    inputs = [t.detach().clone() for t in tensors]
+    kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.random.fork_rng(), grad_modes(), kernels:
+        state = torch.get_rng_state()
+        loss = torch.func.functional_call(step, buffers, tuple(t.clone() for t in inputs))
+        want = gradients(loss, parameters)
+        torch.set_rng_state(state)
+        rest = iter(inputs)
+        values = {**dict(step.named_parameters()), **dict(step.named_buffers())}
+        flat = []
+        for leaf in captured.leaves:
+            value = next(rest) if leaf.kind == "input" else values.get(leaf.name, leaf.value)
+            flat.append(value)
+        runner = fx.Interpreter(fx.GraphModule({}, captured.graph))
+        outputs = runner.run(*flat)
+        have = gradients(outputs[captured.position], parameters)
+    for name, one, other in zip(parameters, want, have, strict=True):
+        scale = one.abs().max()
+        if not torch.allclose(one, other, rtol=1e-3, atol=float(scale) * 1e-3, equal_nan=True):
+            raise Refusal(
+                f"{type(step.model).__name__} cannot be captured: along the recorded path the "
+                f"gradient of {name.removeprefix('model.')!r} is not the model's own.\n"
+                "The model cuts gradients off in a way that cannot be followed; use x.detach() or "
+                "torch.no_grad()."
+            )
+
+
+def gradients(loss: Any, parameters: dict[str, nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    if not loss.requires_grad:
+        return tuple(torch.zeros_like(p) for p in parameters.values())
+    return torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
 
 
 def roomy(tensor: torch.Tensor) -> torch.Tensor:
@@ -262,39 +387,42 @@ def roomy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_zeros((2, *tensor.shape[1:]))
 
 
-def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
+def export(
+    module: nn.Module,
+    tensors: list[torch.Tensor],
+    free: bool,
+    reads: Reads | None,
+    fixed: list[Decision],
+    step: Step | None = None,
+) -> Any:
     """torch.export with the leading dimensions free (where the model allows) or all fixed."""
     auto = torch.export.Dim.AUTO
-    shapes = tuple({0: auto} if t.dim() else None for t in tensors) if dynamic else None
+    shapes = tuple({0: auto} if t.dim() else None for t in tensors) if free else None
     options: dict[str, Any] = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
+    replaying = reads.replaying(fixed, symbolic=True) if reads is not None else nullcontext()
     try:
         # On failure export prints its partial graph to stderr.
-        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole():
-            try:
-                return torch.export.export(step, tuple(tensors), **options)
-            except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
-                made = decide(step, tensors)
-                if not made or not all(decision.by_torch for decision in made):
-                    raise  # the model itself branches on data
-                log.info("fixed with an assertion: %s", [d.describe() for d in made])
-                try:
-                    with replaying(made):
-                        return torch.export.export(step, tuple(tensors), **options)
-                except CaptureError:
-                    raise error from None
+        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole(), replaying:
+            program = torch.export.export(module, tuple(tensors), **options)
     except HesScaleError:
         raise
     except Exception as error:
-        raise CaptureError(explain(error, step)) from error
+        raise CaptureError(explain(error, step or module)) from error
+    check_asserted(program.graph, fixed)
+    return program
 
 
-def decide(step: Step, tensors: list[torch.Tensor]) -> list[Decision]:
+def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
     """Run the step eagerly on copies and note what its control flow reads."""
-    made: list[Decision] = []
+    reads = Reads()
     buffers = {name: b.clone() for name, b in step.named_buffers()}
-    with torch.random.fork_rng(), torch.no_grad(), recording(made):
-        torch.func.functional_call(step, buffers, tuple(t.clone() for t in tensors))
-    return made
+    inputs = tuple(t.detach().clone() for t in tensors)
+    try:
+        with torch.random.fork_rng(), grad_modes(), captured_whole(), reads.recording():
+            torch.func.functional_call(step, buffers, inputs)
+    except Exception as error:
+        raise Refusal(explain(error, step)) from error
+    return reads
 
 
 def is_free(program: Any) -> bool:
@@ -327,7 +455,7 @@ def no_autocast() -> Iterator[None]:
             torch.set_autocast_enabled(kind, on)
 
 
-def explain(error: Exception, step: Step) -> str:
+def explain(error: Exception, step: nn.Module) -> str:
     """The reason of a failed capture in two lines."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = text[0] if text else type(error).__name__
@@ -337,7 +465,7 @@ def explain(error: Exception, step: Step) -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if "/torch/" not in frame.filename and not frame.filename.startswith((HERE, "<eval")):
             where = f" at {frame.filename}:{frame.lineno}: {frame.line}"
-    name = type(step.model).__name__
+    name = type(getattr(step, "model", step)).__name__
     return (
         f"{name} cannot be captured{where}: {reason[:300]}\n"
         "torch.export traces one path: replace control flow that reads tensor values "
@@ -391,6 +519,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     kinds = [spec.kind.name for spec in signature.output_specs]
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
     drop_checks(graph)
+    name_checks(graph)
     drop_whole_slices(graph)
     merge_equal(graph)
     boundary = strip_boundary(graph)  # may replace the outputs, so they are read after it
@@ -408,6 +537,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         in_spec=step.spec,  # type: ignore[arg-type]
         in_leaves=list(step.static),
         guards=guards_of(leaves),
+        position=kinds.index("USER_OUTPUT"),
     )
 
 
@@ -521,6 +651,19 @@ def drop_checks(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.target in CHECKS:
             graph.erase_node(node)
+
+
+def name_checks(graph: fx.Graph) -> None:
+    """Let torch's assertions of numbers that come from data say what they are."""
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        condition, text = node.args
+        reason = str(text).removeprefix("Runtime assertion failed for expression ")
+        read = condition
+        while isinstance(read, fx.Node) and not isinstance(read.target, torch._ops.OpOverload):
+            read = next(iter(read.all_input_nodes), None)
+        where = source_line(read) if isinstance(read, fx.Node) else ""
+        at = f" at {where}" if where else ""
+        node.args = (condition, f"{MESSAGE}: {reason.split(' on node ')[0]}{at}")
 
 
 def drop_whole_slices(graph: fx.Graph) -> None:

@@ -19,7 +19,7 @@ from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.report import Report, Verification
-from hesscale_fx.signature import Signature
+from hesscale_fx.signature import RETRANSFORM, Signature
 from hesscale_fx.verify import graph_loss, model_loss, verify
 
 
@@ -72,6 +72,26 @@ class State:
 
 
 @dataclass
+class RandomState:
+    """Of the default generators, to run again with the same draws."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@dataclass(eq=False)
 class Program:
     """One captured and emitted graph."""
 
@@ -183,7 +203,8 @@ class HesScaleModule(fx.GraphModule):
         program.code = code.src
         program.function = scope["forward"]
         program.asserts = any(
-            n.target == torch.ops.aten._assert_async.msg for n in program.graph.nodes
+            n.target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
+            for n in program.graph.nodes
         )
         return code
 
@@ -273,20 +294,38 @@ class HesScaleModule(fx.GraphModule):
         with torch.no_grad(), without_autocast():
             if torch.compiler.is_compiling() or not program.asserts:
                 return Result(*program.function(self, *tensors))  # type: ignore[misc]
-            return self._run_asserting(program, tensors)
+            return self._run_asserting(program, tensors, args, kwargs)
 
-    def _run_asserting(self, program: Program, tensors: list[Any]) -> Result:
-        """Run a graph that asserts the decisions it has fixed."""
-        try:
-            return Result(*program.function(self, *tensors))  # type: ignore[misc]
-        except RuntimeError as error:
-            if MESSAGE not in str(error):
-                raise
-            raise CallError(
-                "A check of tensor values inside torch (of a loss or a distribution) comes out "
-                f"otherwise in this call than at capture, where {str(error).split(': ')[-1]}: the "
-                "arguments are invalid, or the model must be transformed again with such ones."
-            ) from None
+    def _run_asserting(
+        self, program: Program, tensors: list[Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> Result:
+        """Run a graph that asserts what it has fixed; where that does not hold, another one."""
+        state = State.of(self._model)
+        tried: list[Program] = []
+        captured = False
+        while True:
+            random = RandomState.now()
+            try:
+                return Result(*program.function(self, *tensors))  # type: ignore[misc]
+            except RuntimeError as error:
+                if MESSAGE not in str(error):
+                    raise
+                fixed = str(error).split(f"{MESSAGE}: ")[-1].splitlines()[0]
+            random.restore()
+            tried.append(program)
+            others = [p for p in reversed(self._programs.values()) if p not in tried]
+            serving = [p for p in others if self._serves(p, args, kwargs, state)[0] is None]
+            if serving:
+                program = serving[0]
+                self._activate(program)
+            elif self._lazy and not captured:
+                with torch.enable_grad():
+                    program, tensors = self._capture(args, kwargs)
+                captured = True
+            else:
+                raise CallError(
+                    f"What the capture fixed does not hold in this call: {fixed}. " + RETRANSFORM
+                )
 
     # --- what is exact ---------------------------------------------------------------------------
 
