@@ -13,7 +13,7 @@ what the model cuts off (detach, no_grad, a gradient without create_graph) is ma
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,10 +169,13 @@ def fake(flat: list[Tensor], states: int, env: ShapeEnv, sizes: dict) -> list[Te
 @contextmanager
 def whole_kernels() -> Iterator[None]:
     """Have the operators run that are made of known ones, not the fused kernels of a device."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        yield
+    before = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags warns about others' GPUs
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def refuse_arrays(graph: fx.Graph) -> None:

@@ -311,13 +311,8 @@ def recorded(
     free = reads is not None
     given = [roomy(t) for t in tensors] if free else tensors
     fixed: list[Decision] = []
-    try:
-        with quiet(), grad_modes(), captured_whole():
-            path = below_autograd.trace(step, given, reads, fixed)
-    except HesScaleError:
-        raise
-    except Exception as error:
-        raise CaptureError(explain(error, step)) from error
+    with dispatch_kept():
+        path = record(step, given, reads, fixed)
     program = export(path.module, given, free, None, fixed, step)
     enlarged = any(a is not b for a, b in zip(given, tensors, strict=True))
     if enlarged and not is_free(program):
@@ -332,6 +327,22 @@ def recorded(
     captured.way = "make_fx" if free else "make_fx on values"
     check_gradient(captured, step, tensors)
     return captured
+
+
+def record(
+    step: Step, tensors: list[torch.Tensor], reads: Reads | None, fixed: list[Decision]
+) -> below_autograd.Path:
+    """`below_autograd.trace`, with its errors as ours."""
+    try:
+        with quiet(), grad_modes(), captured_whole():
+            return below_autograd.trace(step, tensors, reads, fixed)
+    except HesScaleError:
+        raise
+    except Exception as error:
+        reason = CaptureError(explain(error, step))
+        # Frames that live on hold guards of torch.func, which restore its state when they die.
+        traceback.clear_frames(error.__traceback__)
+    raise reason
 
 
 def as_expression(size: Any) -> Any:
@@ -438,6 +449,14 @@ def is_free(program: Any) -> bool:
 def grad_modes() -> Iterator[None]:
     """The modes in which a model is captured, whatever the caller's."""
     with torch.enable_grad(), no_autocast():
+        yield
+
+
+@contextmanager
+def dispatch_kept() -> Iterator[None]:
+    """A trace that fails within torch.func can leave the thread's dispatch keys changed."""
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(*keys):
         yield
 
 
