@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -220,7 +221,9 @@ class Builder:
         fake_mode = detect_fake_mode(
             [leaf.node.meta["val"] for leaf in captured.leaves] or [captured.loss.meta["val"]]
         )
+        clock = Stages()
         primitives = write_out(captured.graph, fake_mode)
+        clock.done("wrote definitions out: %d nodes", len(primitives.graph.nodes))
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
@@ -233,11 +236,14 @@ class Builder:
             inside if self.method.needs_boundary else None,
         )
         check_supported(partition, primitives.source)
+        clock.done("found %d units", len(partition.units))
         states, exact = exactness(partition)
+        clock.done("analysed what is exact")
         emission = Emission(
             captured, primitives, partition.units, states, inside, self.method, fake_mode
         )
         graph = emission.run(outputs)
+        clock.done("emitted %d nodes", len(graph.nodes))
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,
@@ -283,6 +289,19 @@ class Builder:
                 node.target = name + suffix if name in constants else name.removeprefix("model.")
         self._built += 1
         return {name + suffix: value for name, value in constants.items()}
+
+
+class Stages:
+    """Logs what has been done and how long it took."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def done(self, text: str, *values: int) -> None:
+        """One stage has ended."""
+        now = time.perf_counter()
+        log.info(text + " in %.2fs", *values, now - self._last)
+        self._last = now
 
 
 def report_of(

@@ -1175,9 +1175,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     capture, replaced = api.capture, structures.definitions_for_capture
 
     def recording_capture(*args: Any, **kwargs: Any) -> Any:
-        result = capture(*args, **kwargs)
-        seen.update(n.target for n in result.graph.nodes)
-        return result
+        for result in capture(*args, **kwargs):
+            seen.update(n.target for n in result.graph.nodes)
+            yield result
 
     def recording(op: Any, definition: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
