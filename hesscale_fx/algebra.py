@@ -263,6 +263,9 @@ class Algebra:
     def _sub(self, node: fx.Node, x: Any, y: Any) -> Form | None:
         return self._add(node, x, y, sign=-1)
 
+    def _rsub(self, node: fx.Node, x: Any, y: Any, alpha: Any = 1) -> Form | None:
+        return self._add(node, y, x, sign=-1) if alpha == 1 else None
+
     def _sum(self, node: fx.Node, x: fx.Node, dims: Any = None, keepdim: bool = False) -> Any:
         form, shape = self._of(x), x.meta["val"].shape
         if not dims:
@@ -327,6 +330,7 @@ RULES: dict[Any, str] = {
     aten.div.Scalar: "_div",
     aten.add.Tensor: "_add",
     aten.sub.Tensor: "_sub",
+    aten.rsub.Scalar: "_rsub",
     aten.sum.dim_IntList: "_sum",
     aten.expand.default: "_expand",
     aten.detach.default: "_same",
