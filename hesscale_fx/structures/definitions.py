@@ -371,7 +371,7 @@ def attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     # The queries are fewer than the scores.
-    scores = (query * factor) @ key.transpose(-2, -1)
+    scores = batched_product(query * factor, key.transpose(-2, -1))
     if is_causal:
         rows = torch.arange(query.shape[-2], device=query.device)
         columns = torch.arange(key.shape[-2], device=query.device)
@@ -385,7 +385,15 @@ def attention(
     weights = scores.softmax(-1) if attn_mask is None else safe_softmax(scores)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
-    return weights @ value
+    return batched_product(weights, value)
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; equal leading sizes need none of matmul's questions to symbolic shapes."""
+    if a.dim() < 3 or a.shape[:-2] != b.shape[:-2]:
+        return a @ b
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3))
+    return product.reshape(*a.shape[:-1], b.shape[-1])
 
 
 def safe_softmax(scores: Tensor) -> Tensor:
