@@ -1,6 +1,6 @@
 """Real models: captured how, how fast, and how far from autograd and from the exact diagonal.
 
-    python benchmarks/models.py [--only PATTERN] [--samples 4] [--seconds 60] [--write docs/models.md]
+    python benchmarks/models.py [--only PATTERN] [--samples 4] [--seconds 60] [--write FILE]
 
 Every model of `benchmarks/zoo` has random weights, a tiny configuration and its own loss, runs in
 float64 in train mode, and is held to plain autograd. The diagonal is compared with an independent
@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from reference import autograd, reference  # noqa: E402
+
 from zoo import CASES, Case  # noqa: E402
 
 SEED = 3
@@ -186,7 +187,7 @@ def another_batch(hs: Any, case: Case) -> str:
 
 
 def double_backward(case: Case) -> str:
-    """Whether autograd can differentiate the model twice: as written, or without fused attention."""
+    """Whether autograd differentiates the model twice, as written or without fused attention."""
     for label, context in (
         ("yes", nullcontext()),
         ("math attention", sdpa_kernel(SDPBackend.MATH)),

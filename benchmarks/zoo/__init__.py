@@ -5,6 +5,7 @@
 """
 
 from zoo.case import CASES, Case
+
 from zoo import classics, language, timm_models, torchvision_models  # isort: skip
 
 __all__ = ["CASES", "Case", "classics", "language", "timm_models", "torchvision_models"]

@@ -74,28 +74,34 @@ add("RoBERTa", "RobertaConfig", "RobertaForSequenceClassification", SMALL, two)
 add("ALBERT", "AlbertConfig", "AlbertForSequenceClassification", SMALL, two, embedding_size=6)
 add("ELECTRA", "ElectraConfig", "ElectraForSequenceClassification", SMALL, two, embedding_size=6)
 add("DistilBERT", "DistilBertConfig", "DistilBertForSequenceClassification",
-    {"vocab_size": VOCABULARY, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12}, two)  # fmt: skip
+    {"vocab_size": VOCABULARY, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12},
+    two)  # fmt: skip
 add("DeBERTa", "DebertaConfig", "DebertaForSequenceClassification", SMALL, two,
     relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0)  # fmt: skip
 add("DeBERTa-v2", "DebertaV2Config", "DebertaV2ForSequenceClassification", SMALL, two,
     relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=4)  # fmt: skip
 add("MPNet", "MPNetConfig", "MPNetForSequenceClassification", SMALL, two)
 add("ModernBERT", "ModernBertConfig", "ModernBertForSequenceClassification",
-    SMALL | {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}, two)  # fmt: skip
+    SMALL | {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+    two)  # fmt: skip
 add("FNet", "FNetConfig", "FNetForSequenceClassification", SMALL,
     lambda: {k: v for k, v in two().items() if k != "attention_mask"})  # fmt: skip
 add("GPT-2", "GPT2Config", "GPT2LMHeadModel",
-    {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}, text)  # fmt: skip
+    {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16},
+    text)  # fmt: skip
 add("GPT-Neo", "GPTNeoConfig", "GPTNeoForCausalLM",
     {"vocab_size": VOCABULARY, "hidden_size": 8, "num_layers": 2, "num_heads": 2,
      "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 16,
-     "window_size": 3}, text)  # fmt: skip
+     "window_size": 3},
+    text)  # fmt: skip
 add("GPT-NeoX", "GPTNeoXConfig", "GPTNeoXForCausalLM", SMALL, text)
 add("BLOOM", "BloomConfig", "BloomForCausalLM",
-    {"vocab_size": VOCABULARY, "hidden_size": 8, "n_layer": 2, "n_head": 2}, text)  # fmt: skip
+    {"vocab_size": VOCABULARY, "hidden_size": 8, "n_layer": 2, "n_head": 2},
+    text)  # fmt: skip
 add("Falcon", "FalconConfig", "FalconForCausalLM",
     {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2,
-     "num_attention_heads": 2}, text)  # fmt: skip
+     "num_attention_heads": 2},
+    text)  # fmt: skip
 add("Llama", "LlamaConfig", "LlamaForCausalLM", DECODER, text)
 add("Mistral", "MistralConfig", "MistralForCausalLM", DECODER, text, sliding_window=3)
 add("Mixtral", "MixtralConfig", "MixtralForCausalLM", DECODER, text,
@@ -109,22 +115,26 @@ add("Phi-3", "Phi3Config", "Phi3ForCausalLM", SMALL, text, num_key_value_heads=1
     bos_token_id=1, eos_token_id=2)  # fmt: skip
 add("OPT", "OPTConfig", "OPTForCausalLM",
     {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2, "ffn_dim": 12,
-     "num_attention_heads": 2, "max_position_embeddings": 16, "word_embed_proj_dim": 8}, text)  # fmt: skip
+     "num_attention_heads": 2, "max_position_embeddings": 16, "word_embed_proj_dim": 8},
+    text)  # fmt: skip
 add("OLMo 2", "Olmo2Config", "Olmo2ForCausalLM", SMALL, text)
 add("StableLM", "StableLmConfig", "StableLmForCausalLM", SMALL, text, num_key_value_heads=1)
 add("T5", "T5Config", "T5ForConditionalGeneration",
     {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1,
-     "num_heads": 2, "decoder_start_token_id": 0}, text)  # fmt: skip
+     "num_heads": 2, "decoder_start_token_id": 0},
+    text)  # fmt: skip
 add("BART", "BartConfig", "BartForConditionalGeneration",
     {"vocab_size": VOCABULARY, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1,
      "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 12,
      "decoder_ffn_dim": 12, "max_position_embeddings": 16, "pad_token_id": 0,
-     "decoder_start_token_id": 1}, text)  # fmt: skip
+     "decoder_start_token_id": 1},
+    text)  # fmt: skip
 add("Pegasus", "PegasusConfig", "PegasusForConditionalGeneration",
     {"vocab_size": VOCABULARY, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1,
      "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 12,
      "decoder_ffn_dim": 12, "max_position_embeddings": 16, "pad_token_id": 0,
-     "decoder_start_token_id": 1}, text)  # fmt: skip
+     "decoder_start_token_id": 1},
+    text)  # fmt: skip
 add("Mamba", "MambaConfig", "MambaForCausalLM",
     {"vocab_size": VOCABULARY, "hidden_size": 6, "state_size": 3, "num_hidden_layers": 2,
      "time_step_rank": 2, "conv_kernel": 3}, lambda: text(mask=False))  # fmt: skip
@@ -158,7 +168,7 @@ def clip_inputs() -> dict[str, Any]:
 
 
 add("CLIP", "CLIPConfig", "CLIPModel",
-    {"text_config": {k: v for k, v in SMALL.items()} | {"eos_token_id": 2, "bos_token_id": 1},
+    {"text_config": SMALL | {"eos_token_id": 2, "bos_token_id": 1},
      "vision_config": VISION, "projection_dim": 6}, clip_inputs)  # fmt: skip
 
 
