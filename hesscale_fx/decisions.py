@@ -132,7 +132,8 @@ class Reads:
             result = original(*args, **kwargs)
             if name not in ARRAYS:
                 decision = Decision(f"{name}()", result, user_line(sys._getframe(2)))
-                self._found[(name, *site(3))].append(decision)
+                place = (name, *site(3))
+                self._found[place].append(decision)
             return result
 
         with intercepted(answer):

@@ -184,12 +184,6 @@ add("Wav2Vec2", "Wav2Vec2Config", "Wav2Vec2ForCTC",
      "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
      "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0,
      "ctc_loss_reduction": "mean", "pad_token_id": 0}, speech)  # fmt: skip
-add("Wav2Vec2, masked in time", "Wav2Vec2Config", "Wav2Vec2ForCTC",
-    {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-     "intermediate_size": 12, "conv_dim": [4, 4], "conv_stride": [4, 2], "conv_kernel": [8, 3],
-     "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
-     "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.3, "mask_time_length": 2,
-     "layerdrop": 0.1, "pad_token_id": 0}, speech)  # fmt: skip
 
 
 def spectrogram() -> dict[str, torch.Tensor]:
