@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,15 +59,35 @@ add("Swin V2", "swinv2_tiny_window8_256", 16, img_size=16, patch_size=2, window_
     embed_dim=4, depths=(2, 1), num_heads=(1, 2))  # fmt: skip
 add("MaxViT", "maxvit_pico_rw_256", 64, img_size=64)
 add("CoAtNet", "coatnet_pico_rw_224", 64, img_size=64)
-add("MLP-Mixer", "mixer_s32_224", 16, img_size=16, patch_size=8, embed_dim=8, num_blocks=2)
-add("gMLP", "gmlp_ti16_224", 16, img_size=16, patch_size=8, embed_dim=8, num_blocks=2)
-add("ResMLP", "resmlp_12_224", 16, img_size=16, patch_size=8, embed_dim=8, num_blocks=2)
-add("PoolFormer", "poolformer_s12", 32, layers=(1, 1), embed_dims=(4, 8), mlp_ratios=(2, 2),
-    downsamples=(False, True))  # fmt: skip
 add("MambaOut", "test_mambaout", 32)
 add("XCiT", "xcit_nano_12_p16_224", 32, img_size=32, embed_dim=8, depth=2, num_heads=2)
 add("PVT v2", "pvt_v2_b0", 32)
 add("EdgeNeXt", "edgenext_xx_small", 32)
 add("MobileViT", "mobilevit_xxs", 32)
-add("FocalNet", "focalnet_tiny_srf", 32, embed_dim=8, depths=(1, 1), focal_levels=(2, 2),
-    focal_windows=(3, 3))  # fmt: skip
+
+
+def small(name: str, build: Callable[[Any], nn.Module], size: int) -> None:
+    """Register a model by its class."""
+
+    def make() -> Case:
+        import_torchvision()
+        import timm
+
+        net = build(timm.models).double().train()
+        images = torch.randn(2, 3, size, size, dtype=torch.float64)
+        return Case(net, nn.CrossEntropyLoss(), (images, torch.randint(3, (2,))))
+
+    CASES[f"timm {name}"] = make
+
+
+MIXER = {"num_classes": 3, "img_size": 16, "patch_size": 8, "num_blocks": 2, "embed_dim": 8}
+
+small("MLP-Mixer", lambda m: m.MlpMixer(**MIXER), 16)
+small("gMLP", lambda m: m.MlpMixer(**MIXER, mlp_ratio=4, block_layer=m.mlp_mixer.SpatialGatingBlock,
+      mlp_layer=m.mlp_mixer.GatedMlp), 16)  # fmt: skip
+small("ResMLP", lambda m: m.MlpMixer(**MIXER, mlp_ratio=4, block_layer=m.mlp_mixer.ResBlock,
+      norm_layer=m.mlp_mixer.Affine), 16)  # fmt: skip
+small("PoolFormer", lambda m: m.MetaFormer(depths=(1, 1), dims=(4, 8), num_classes=3,
+      token_mixers=m.metaformer.Pooling), 32)  # fmt: skip
+small("FocalNet", lambda m: m.FocalNet(num_classes=3, embed_dim=8, depths=(1, 1),
+      focal_levels=(2, 2), focal_windows=(3, 3)), 32)  # fmt: skip

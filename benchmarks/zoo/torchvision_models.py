@@ -49,10 +49,6 @@ def square(n: int) -> tuple[int, int, int]:
 
 
 add("ResNet-18", "resnet18", square(32))
-add("ResNeXt-50", "resnext50_32x4d", square(32), width_per_group=1)
-add("Wide ResNet", "wide_resnet50_2", square(32), width_per_group=4)
-add("DenseNet-121", "densenet121", square(32), growth_rate=4, block_config=(2, 2, 2, 2),
-    num_init_features=8)  # fmt: skip
 add("VGG-11", "vgg11", square(32))
 add("AlexNet", "alexnet", square(64))
 add("SqueezeNet", "squeezenet1_1", square(32))
@@ -63,7 +59,6 @@ add("ShuffleNetV2", "shufflenet_v2_x0_5", square(32))
 add("MNASNet", "mnasnet0_5", square(32))
 add("EfficientNet-B0", "efficientnet_b0", square(32))
 add("RegNetX", "regnet_x_400mf", square(32))
-add("MaxViT", "maxvit_t", square(56))
 add("DeepLabV3", "deeplabv3_mobilenet_v3_large", square(32), of_pixels, (32, 32),
     weights_backbone=None)  # fmt: skip
 add("FCN", "fcn_resnet50", square(32), of_pixels, (32, 32), weights_backbone=None)
@@ -101,4 +96,15 @@ small(
     "Swin",
     lambda m: m.SwinTransformer([2, 2], 4, [1, 1], [1, 2], [4, 4], num_classes=3),
     square(16),
+)
+small(
+    "ResNeXt",
+    lambda m: m.ResNet(m.resnet.Bottleneck, [1, 1, 1, 1], 3, groups=4, width_per_group=4),
+    square(32),
+)
+small("DenseNet", lambda m: m.DenseNet(4, (2, 2), 8, num_classes=3), square(32))
+small(
+    "MaxViT",
+    lambda m: m.MaxVit((32, 32), 8, 4, [8, 16], [1, 1], 8, 0.1, num_classes=3),
+    square(32),
 )
