@@ -72,15 +72,15 @@ def main() -> None:
         "Sophia, compiled": compiled(Sophia(params())),
         "AdaHesScale": AdaHesScale(params()).step,
         "Sophia": Sophia(params()).step,
-        "fused Adam in StepSizeScaling": StepSizeScaling(
-            torch.optim.Adam(params(), fused=True)
-        ).step,
+        "StepSizeScaling(AdaHesScale), compiled": compiled(StepSizeScaling(AdaHesScale(params()))),
+        "StepSizeScaling(Adam), compiled": compiled(StepSizeScaling(torch.optim.Adam(params()))),
+        "StepSizeScaling(fused Adam)": StepSizeScaling(torch.optim.Adam(params(), fused=True)).step,
     }
     medians = interleaved(calls, options.rounds)
     count = sum(p.numel() for p in params())
     print(f"{count:,} parameters in {2 * options.layers} tensors")
     for name, seconds in medians.items():
-        print(f"  {name:32s} {seconds * 1e3:8.2f} ms  {seconds / medians[reference]:6.2f}")
+        print(f"  {name:40s} {seconds * 1e3:8.2f} ms  {seconds / medians[reference]:6.2f}")
 
 
 if __name__ == "__main__":

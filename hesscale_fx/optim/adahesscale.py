@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -101,11 +102,10 @@ class AdaHesScale(CurvatureOptimizer):
         torch._foreach_mul_(exp_hess_sq, beta2)
         torch._foreach_addcmul_(exp_hess_sq, batch.hess, batch.hess, 1 - beta2)
 
-        counts = [scalar(step) for step in steps]
-        roots = [(1 - beta2**t) ** 0.5 for t in counts]
-        sizes = [-lr / (1 - beta1**t) for t in counts]
+        correction1, correction2 = corrections(steps, beta1), corrections(steps, beta2)
+        sizes = [-lr / c for c in correction1]
         denominators = torch._foreach_sqrt(exp_hess_sq)
-        torch._foreach_div_(denominators, roots)
+        torch._foreach_div_(denominators, [c**0.5 for c in correction2])
         torch._foreach_add_(denominators, group["eps"])
         if torch.compiler.is_compiling():  # the sizes are tensors, which addcdiv does not take
             updates = torch._foreach_div(exp_avg, denominators)
@@ -113,6 +113,16 @@ class AdaHesScale(CurvatureOptimizer):
             torch._foreach_add_(batch.params, updates)
         else:
             torch._foreach_addcdiv_(batch.params, exp_avg, denominators, sizes)
+
+
+def corrections(steps: list[Tensor], beta: float) -> list[Any]:
+    """``1 - beta^t`` of each; in a compiled graph as tensors."""
+    if not torch.compiler.is_compiling():
+        return [1 - beta ** step.item() for step in steps]
+    # Inductor would put a power into the loop over the elements, but an exponential that many
+    # read it computes once.
+    power = torch.exp(torch.stack(steps) * math.log(beta)) if beta else 0 * torch.stack(steps)
+    return list((1 - power).unbind())
 
 
 class AdaHesScaleGN(AdaHesScale):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from hesscale_fx.accumulate import clear
 from hesscale_fx.errors import InvalidArgumentError
+from hesscale_fx.optim.adahesscale import corrections
 from hesscale_fx.optim.base import CurvatureOptimizer
 from hesscale_fx.optim.lookup import (
     ByName,
@@ -126,55 +127,63 @@ class StepSizeScaling(Optimizer):
         self._share()
         if isinstance(self.optimizer, CurvatureOptimizer):
             kwargs["hess_diag"] = hess_diag
-        # Without a closure, refuse before anything has moved.
-        curvature = self._curvature(hess_diag, kwargs.get("grads")) if closure is None else None
+        if closure is None:  # refuse before anything has moved
+            moving = self._advance(hess_diag, kwargs.get("grads"))
         before = [p.clone() for _, p in parameters(self.param_groups)]
         loss = self.optimizer.step(closure, **kwargs)
-        if curvature is None:
-            curvature = self._curvature(hess_diag, kwargs.get("grads"))
-        self._rescale(before, curvature)
+        if closure is not None:
+            moving = self._advance(hess_diag, kwargs.get("grads"))
+        self._rescale(before, moving)
         return loss
 
-    def _curvature(self, hess_diag: ByName, grads: ByName) -> list[Tensor | None]:
-        """The running curvature of each parameter that moves."""
+    def _advance(self, hess_diag: ByName, grads: ByName) -> list[bool]:
+        """Update the running curvature; tell which parameters move."""
         groups = self.param_groups
-        found, moving = find(groups, hess_diag, "hess_diag"), find(groups, grads, "grads")
-        curvature: list[Tensor | None] = []
-        for (name, p), diag, grad in zip(parameters(groups), found, moving, strict=True):
-            state = self.state[p]
-            if grad is None:
-                curvature.append(None)
-                continue
-            if diag is not None:
-                if not state:
-                    self._initialise(p)
-                state["step"] += 1
-                diag = diag.to(curvature_dtype(p))
-                state["exp_hess_sq"].mul_(self.beta).addcmul_(diag, diag, value=1 - self.beta)
-            elif not state:
+        found = find(groups, hess_diag, "hess_diag")
+        moving = [grad is not None for grad in find(groups, grads, "grads")]
+        for (name, p), diag, moves in zip(parameters(groups), found, moving, strict=True):
+            if moves and diag is None and not self.state.get(p):
                 raise no_curvature(name)
-            correction = (1 - self.beta ** state["step"]).to(p.device, curvature_dtype(p))
-            curvature.append((state["exp_hess_sq"] / correction).sqrt())
-        return curvature
+        pairs = [
+            (p, diag)
+            for (_, p), diag, moves in zip(parameters(groups), found, moving, strict=True)
+            if moves and diag is not None
+        ]
+        if not all(self.state.get(p) for p, _ in pairs):
+            self._initialise([p for p, _ in pairs])
+        for p, diag in pairs:
+            state, diag = self.state[p], diag.to(curvature_dtype(p))
+            state["step"] += 1
+            state["exp_hess_sq"].mul_(self.beta).addcmul_(diag, diag, value=1 - self.beta)
+        return moving
 
     @torch.compiler.disable
-    def _initialise(self, p: Tensor) -> None:
-        self.state[p]["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
-        self.state[p]["exp_hess_sq"] = torch.zeros_like(p, dtype=curvature_dtype(p))
+    def _initialise(self, moving: list[Tensor]) -> None:
+        """Not part of a compiled graph, which would keep its first call."""
+        for p in moving:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
+                self.state[p]["exp_hess_sq"] = torch.zeros_like(p, dtype=curvature_dtype(p))
 
-    def _rescale(self, before: list[Tensor], curvature: list[Tensor | None]) -> None:
-        moved = [p for _, p in parameters(self.param_groups)]
-        chosen = [
-            (b, p, h) for b, p, h in zip(before, moved, curvature, strict=True) if h is not None
+    def _rescale(self, before: list[Tensor], moving: list[bool]) -> None:
+        pairs = [
+            (b, p)
+            for b, (_, p), moves in zip(before, parameters(self.param_groups), moving, strict=True)
+            if moves
         ]
-        if not chosen:
+        if not pairs:
             return
-        home = chosen[0][1].device
-        changes = [(h * (p - b).to(h.dtype).square()).sum().to(home) for b, p, h in chosen]
-        self.scale = (2 * self.delta / torch.stack(changes).sum()).sqrt().clamp(max=self.max_scale)
-        for b, p, _ in chosen:
+        states = [self.state[p] for _, p in pairs]
+        changes = []
+        for (b, p), state in zip(pairs, states, strict=True):
+            u, root = p - b, state["exp_hess_sq"].sqrt()
+            changes.append(root.mul_(u).mul_(u).sum().to(pairs[0][1].device, torch.float64))
+        bias = corrections([state["step"] for state in states], self.beta)
+        total = sum(change / c**0.5 for change, c in zip(changes, bias, strict=True))
+        self.scale = (2 * self.delta / total).sqrt().clamp(max=self.max_scale)
+        for b, p in pairs:
             # b + scale (p - b), and p itself, to the last digit, at scale 1.
-            p.copy_(torch.lerp(b, p, self.scale.to(p.device, p.dtype)))
+            p.copy_(b.lerp_(p, self.scale.to(p.device, p.dtype)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` and ``.hesscale`` of the parameters."""
