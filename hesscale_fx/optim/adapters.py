@@ -59,8 +59,8 @@ def laplace_backend(method: str = "hesscale_gn") -> type:
         method: of `hesscale_fx.transform`; one whose diagonal is not negative.
 
     Returns:
-        A subclass of ``laplace.curvature.CurvatureInterface``, for ``Laplace(..., backend=)``, with
-        all weights, the last layer or a subnetwork.
+        A subclass of ``laplace.curvature.GGNInterface``, for ``Laplace(..., backend=)`` with all
+        weights, the last layer or a subnetwork. Only the diagonal is computed here.
 
     Raises:
         MissingPackageError: laplace-torch is not installed.
@@ -79,14 +79,14 @@ def laplace_backend(method: str = "hesscale_gn") -> type:
         la.fit(train_loader)
     """
     try:
-        from laplace.curvature import CurvatureInterface
+        from laplace.curvature import GGNInterface
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             "laplace_backend needs laplace-torch: pip install 'hesscale_fx[adapters]'."
         ) from error
     from hesscale_fx.api import transform
 
-    class HesScaleBackend(CurvatureInterface):
+    class HesScaleBackend(GGNInterface):
         """Diagonals by one backward pass instead of a Jacobian for each sample."""
 
         @functools.cached_property
