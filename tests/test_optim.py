@@ -404,11 +404,14 @@ COMPILED = [
 
 # torch itself, when it compiles any optimizer.
 @pytest.mark.filterwarnings("ignore:.*Profiler function:UserWarning")
+@pytest.mark.parametrize("tensor", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("kind", COMPILED)
-def test_compiled_and_scheduled_without_compiling_again(kind):
+def test_compiled_and_scheduled_without_compiling_again(kind, tensor):
+    torch.compiler.reset()  # what it learned of other optimizers
     params, again = parameters(), parameters()
     lr = torch.tensor(0.01, dtype=torch.float64)
-    optimizer, eager = kind(params, lr), kind(again, lr.item())
+    optimizer, eager = kind(params, lr if tensor else lr.item()), kind(again, lr.item())
+    optimizer.param_groups[0]["weight_decay"] = eager.param_groups[0]["weight_decay"] = 0.1
     rates = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, eager)]
     step = torch.compile(optimizer.step)
     for seed in range(6):

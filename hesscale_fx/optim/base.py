@@ -180,8 +180,12 @@ def check_options(
 
 
 def scalar(value: float | Tensor) -> Any:
-    """A number; a tensor stays one in a compiled graph, which would else be made for its value."""
-    return value if torch.compiler.is_compiling() else float(value)
+    """A number; in a compiled graph a tensor, or it would be made again for every value."""
+    if not torch.compiler.is_compiling():
+        return float(value)
+    if isinstance(value, Tensor):
+        return value
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 __all__ = ["Batch", "CurvatureOptimizer", "ParamsT", "check_options", "scalar"]
