@@ -18,9 +18,10 @@ def hesscale(tensor: Tensor) -> Tensor | None:
 def clear(tensors: Iterable[Tensor], set_to_none: bool = True) -> None:
     """Reset ``.hesscale``, as `zero_grad` resets ``.grad``."""
     for tensor in tensors:
-        if set_to_none:
+        found = hesscale(tensor)
+        if found is not None and set_to_none:
             tensor.hesscale = None  # type: ignore[attr-defined]
-        elif (found := hesscale(tensor)) is not None:
+        elif found is not None:
             found.zero_()
 
 
