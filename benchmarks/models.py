@@ -74,7 +74,7 @@ class Row:
         """As a row of the table."""
         way = f"{self.way} ({self.fixed} fixed)" if self.fixed else self.way
         if self.failure:
-            way = re.sub(r"[|\s]+", " ", self.failure)[:120]
+            way = re.sub(r"[|\s]+", " ", re.sub(r"/\S+/", "", self.failure))[:120]
         cells = (
             self.name, way, f"{self.parameters:,}", f"{self.nodes_in}",
             f"{self.nodes_out}", f"{self.seconds:.1f}", number(self.loss_error),
