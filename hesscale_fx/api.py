@@ -21,7 +21,7 @@ from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.units import Partition
-from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain
+from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
 from hesscale_fx.emit import Emission
 from hesscale_fx.errors import (
     CaptureError,
@@ -38,6 +38,7 @@ from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 
 log = logging.getLogger("hesscale_fx")
+SYMBOLIC = "symbolic sizes/strides"  # in torch's words for what a formula of its own cannot do
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -203,9 +204,12 @@ class Builder:
         reason: Exception | None = None
         for captured in capture(self.step, args, kwargs, dynamic=self.dynamic):
             try:
-                return self.compile(captured)
-            except DATA_DEPENDENT as error:  # of a size; another capture fixes it
-                log.info("not compiled: %s", error)
+                with quiet():  # torch logs the attempts that fail
+                    return self.compile(captured)
+            except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
+                if not isinstance(error, DATA_DEPENDENT) and SYMBOLIC not in str(error):
+                    raise
+                log.info("not compiled: %s", str(error).splitlines()[0])
                 reason = error
         raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
