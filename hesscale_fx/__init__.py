@@ -1,5 +1,6 @@
 """Loss, gradients and Hessian diagonals of any PyTorch model in one fx graph."""
 
+from hesscale_fx import inspect
 from hesscale_fx.api import transform
 from hesscale_fx.boundary import output
 from hesscale_fx.check import check
@@ -13,6 +14,7 @@ __all__ = [
     "Result",
     "Rule",
     "check",
+    "inspect",
     "output",
     "register",
     "transform",

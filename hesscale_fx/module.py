@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,6 +21,9 @@ from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import Signature
 from hesscale_fx.verify import graph_loss, model_loss, verify
+
+if TYPE_CHECKING:
+    from hesscale_fx.inspect import Summary
 
 
 class Result(NamedTuple):
@@ -308,6 +311,12 @@ class HesScaleModule(fx.GraphModule):
             (True, False)
         """
         return self._program().report
+
+    def summary(self, *args: Any, depth: int | None = None, **kwargs: Any) -> Summary:
+        """Per module parameters, FLOPs, exactness, memory; see `hesscale_fx.inspect.summary`."""
+        from hesscale_fx.inspect.summary import summary
+
+        return summary(self, *args, depth=depth, **kwargs)
 
     def verify(self, *args: Any, samples: int = 64, seed: int = 0, **kwargs: Any) -> Verification:
         """Measure the error of the diagonals on your own data.

@@ -1,0 +1,25 @@
+"""Look inside: what the compiler emitted, what it costs, and where curvature comes from."""
+
+from hesscale_fx.inspect.network import (
+    critical_path,
+    curvature_of,
+    dependents,
+    dominators,
+    generated_from,
+    origin_of,
+    to_networkx,
+)
+from hesscale_fx.inspect.summary import Row, Summary, summary
+
+__all__ = [
+    "Row",
+    "Summary",
+    "critical_path",
+    "curvature_of",
+    "dependents",
+    "dominators",
+    "generated_from",
+    "origin_of",
+    "summary",
+    "to_networkx",
+]
