@@ -23,7 +23,7 @@ from hesscale_fx.signature import Signature
 from hesscale_fx.verify import graph_loss, model_loss, verify
 
 if TYPE_CHECKING:
-    from hesscale_fx.inspect import Summary
+    from hesscale_fx.inspect import Difference, Summary
 
 
 class Result(NamedTuple):
@@ -317,6 +317,12 @@ class HesScaleModule(fx.GraphModule):
         from hesscale_fx.inspect.summary import summary
 
         return summary(self, *args, depth=depth, **kwargs)
+
+    def diff(self, other: HesScaleModule) -> Difference:
+        """What differs in the graph of another; see `hesscale_fx.inspect.diff`."""
+        from hesscale_fx.inspect.difference import diff
+
+        return diff(self, other)
 
     def verify(self, *args: Any, samples: int = 64, seed: int = 0, **kwargs: Any) -> Verification:
         """Measure the error of the diagonals on your own data.

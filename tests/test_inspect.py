@@ -234,10 +234,10 @@ def test_dominators_cut_every_path(small, post):
         found = inspect.dominators(graph, node, **({"post": True} if post else {"entries": ends}))
         flow = graph.reverse() if post else graph
         want = set()
-        for other in graph.nodes:
+        for other in set(graph.nodes) - {node}:
             rest = flow.subgraph(set(flow) - {other})
             cut = other in ends or not any(nx.has_path(rest, e, node) for e in ends if e in rest)
-            if other != node and cut:
+            if cut:
                 want.add(other)
         assert set(found) == want and found, node
 
@@ -325,7 +325,7 @@ def test_the_summary_of_functions():
     hs = hesscale_fx.transform(lambda a, b: loss(net(a), b), None, (x, y))
     found = hs.summary()
     assert found.total.curvature == plain.curvature
-    assert found["0"].curvature > 0
+    assert found["net.0"].curvature > 0
 
 
 def test_the_summary_shows_in_notebooks_and_in_rich(small):

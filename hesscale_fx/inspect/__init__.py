@@ -1,5 +1,7 @@
 """Look inside: what the compiler emitted, what it costs, and where curvature comes from."""
 
+from hesscale_fx.inspect.difference import Change, Difference, diff
+from hesscale_fx.inspect.drawing import draw
 from hesscale_fx.inspect.network import (
     critical_path,
     curvature_of,
@@ -12,12 +14,16 @@ from hesscale_fx.inspect.network import (
 from hesscale_fx.inspect.summary import Row, Summary, summary
 
 __all__ = [
+    "Change",
+    "Difference",
     "Row",
     "Summary",
     "critical_path",
     "curvature_of",
     "dependents",
+    "diff",
     "dominators",
+    "draw",
     "generated_from",
     "origin_of",
     "summary",

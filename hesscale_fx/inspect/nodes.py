@@ -122,7 +122,7 @@ class Records:
             rule=str(about.get("rule", "")) if generated else "",
             structure=", ".join(structures),
             exact=bool(about.get("exact", True)),
-            line=printable(source_line(node)),
+            line=printable(self._line(node, made_by)),
             flops=flops(node, self.sizes),
             bytes=size_in_bytes(value, self.sizes),
             inputs=tuple(operands(node)),
@@ -143,6 +143,11 @@ class Records:
         keys = [n.name for n in self._captured[region]] if region >= 0 else [key]
         return list(dict.fromkeys(name for k in keys for name in self._emitted.get(k, [])))
 
+    def _line(self, node: fx.Node, region: int) -> str:
+        """The line of what the node belongs to; a leaf has none, then of the rule's operator."""
+        line = source_line(node)
+        return line if line or region < 0 else source_line(self._captured[region][-1])
+
     def _module(self, node: fx.Node, key: str, region: int) -> str:
         prefix = self.hs._build.prefix
         if region >= 0:  # of the rule that made it
@@ -155,7 +160,8 @@ class Records:
 
     def _path(self, meta: dict[str, Any], prefix: str) -> str:
         stack = meta.get("nn_module_stack") or {}
-        path = str(list(stack.values())[-1][0]) if stack else "model"
+        known = [str(value[0]) for key, value in stack.items() if not str(key).startswith("_empty")]
+        path = known[-1] if known else "model"
         if not path:  # outside the model: the loss is a function
             return "loss" if self.hs._build.loss is not None else ""
         path = path.removeprefix("model").removeprefix(".")

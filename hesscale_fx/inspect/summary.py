@@ -122,7 +122,7 @@ class Summary(Sequence[Row]):
         at = f" at {self.peak_at}" if self.peak_at else ""
         return (
             f"{self.method}, {self.nodes} nodes; {self.overhead:.2f} times the FLOPs of a plain "
-            f"gradient; {in_units(self.peak)}B at peak{at}.\n" + textwrap.fill(LEGEND, 80)
+            f"gradient; {in_units(self.peak, 'B')} at peak{at}.\n" + textwrap.fill(LEGEND, 80)
         )
 
     def _repr_html_(self) -> str:
@@ -235,7 +235,7 @@ def within(path: str, rows: dict[str, Row]) -> list[str]:
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text."""
     path = row.module.split(".")
-    exact = f"{row.exact} of {row.differentiated}" if row.differentiated else "-"
+    exact = f"{row.exact}/{row.differentiated}" if row.differentiated else "-"
     return (
         "  " * (len(path) - 1) + path[-1],
         row.type,
@@ -247,10 +247,10 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def in_units(value: float) -> str:
-    """Three digits and a decimal prefix, e.g. ``1.30 M``."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if value < 1000 or unit == "P":
-            return f"{value:.0f} {unit}".strip() if not unit else f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError
+def in_units(value: float, unit: str = "") -> str:
+    """Three digits and a decimal prefix, e.g. ``1.3 M``."""
+    prefixes = ("", "k", "M", "G", "T", "P")
+    power = 0
+    while value >= 999.5 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {prefixes[power]}{unit}".strip()
