@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,8 @@ def write_graph(hs: HesScaleModule, path: Path) -> None:
 
 def show(found: Any) -> None:
     """Print; with rich in a terminal, where it is installed."""
-    fancy = hasattr(found, "__rich__") and importlib.util.find_spec("rich") is not None
-    if fancy and click.get_text_stream("stdout").isatty():
+    fancy = isinstance(found, views.Summary) and importlib.util.find_spec("rich") is not None
+    if fancy and sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(found)

@@ -11,6 +11,7 @@ from hesscale_fx.inspect.network import (
     origin_of,
     to_networkx,
 )
+from hesscale_fx.inspect.page import html
 from hesscale_fx.inspect.summary import Row, Summary, summary
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "dominators",
     "draw",
     "generated_from",
+    "html",
     "origin_of",
     "summary",
     "to_networkx",

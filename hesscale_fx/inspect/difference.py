@@ -153,11 +153,18 @@ def compare(a: Record, b: Record, made: list[Record], made_other: list[Record]) 
             parts = [f"-{counted(gone)}"] * bool(gone) + [f"+{counted(new)}"] * bool(new)
             counts = f"{sum(ours.values())} -> {sum(theirs.values())} nodes"
             found.append(f"{role} {counts} ({', '.join(parts)})")
-    exact = [all(r.exact for r in nodes if r.role == "curvature") for nodes in (made, made_other)]
-    if exact[0] != exact[1]:
-        words = ["exact" if e else "approximate" for e in exact]
-        found.append(f"curvature {words[0]} -> {words[1]}")
+    states = [
+        "exact" if e else "approximate" for e in map(exactness, (made, made_other)) if e is not None
+    ]
+    if len(set(states)) > 1:
+        found.append(f"curvature {states[0]} -> {states[1]}")
     return found
+
+
+def exactness(made: list[Record]) -> bool | None:
+    """Whether the curvature among generated nodes is exact; None if there is none."""
+    curved = [r.exact for r in made if r.role == "curvature"]
+    return all(curved) if curved else None
 
 
 def plain(shape: str) -> str:

@@ -104,7 +104,8 @@ def fill(found: Records, depth: int) -> tuple[list[Block], dict[str, Box]]:
         box_of[r.name] = block.add(r, "forward")
     users = {name: r.name for r in reversed(shown) for _, name in r.inputs}
     for r in shown:
-        near = [block_of[n] for n in (*r.forward, users.get(r.name, "")) if n in block_of]
+        origins = [n if n in block_of else users.get(n, "") for n in (*r.forward, r.name)]
+        near = [block_of[n] for n in origins if n in block_of]
         if r.role in GENERATED and near:
             box_of[r.name] = near[-1].add(r, r.role)
         elif r.role in ("parameter", "buffer") and near and not near[-1].collapsed:
