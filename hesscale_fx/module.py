@@ -20,6 +20,7 @@ from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import Signature
+from hesscale_fx.stages import log
 from hesscale_fx.verify import graph_loss, model_loss, verify
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ class HesScaleModule(fx.GraphModule):
                     return program, tensors
         if not self._lazy and reason is not None:
             raise reason
-        return self._capture(args, kwargs)
+        return self._capture(args, kwargs, reason)
 
     def _serves(
         self, program: Program, args: tuple, kwargs: Mapping[str, Any], state: State
@@ -247,7 +248,11 @@ class HesScaleModule(fx.GraphModule):
         return program.signature.mismatch(tensors), tensors
 
     @torch.compiler.disable
-    def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
+    def _capture(
+        self, args: tuple, kwargs: Mapping[str, Any], reason: Exception | None = None
+    ) -> tuple[Program, list[Any]]:
+        if reason is not None:
+            log.info("capturing again: %s", reason)
         program = self._build(args, kwargs)
         self._programs[id(program)] = program
         while len(self._programs) > self.max_programs:
@@ -274,14 +279,22 @@ class HesScaleModule(fx.GraphModule):
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
         with torch.no_grad(), without_autocast():
-            if torch.compiler.is_compiling() or not program.asserts:
+            if torch.compiler.is_compiling():
                 return Result(*program.function(self, *tensors))  # type: ignore[misc]
-            return self._run_asserting(program, tensors)
+            function = program.function
+            if torch.autograd.profiler._is_profiler_enabled:
+                from hesscale_fx.inspect.profiling import named
 
-    def _run_asserting(self, program: Program, tensors: list[Any]) -> Result:
+                function = named(program.graph)
+            assert function is not None
+            if not program.asserts:
+                return Result(*function(self, *tensors))
+            return self._run_asserting(function, tensors)
+
+    def _run_asserting(self, function: Callable, tensors: list[Any]) -> Result:
         """Run a graph that asserts the decisions it has fixed."""
         try:
-            return Result(*program.function(self, *tensors))  # type: ignore[misc]
+            return Result(*function(self, *tensors))
         except RuntimeError as error:
             if MESSAGE not in str(error):
                 raise

@@ -12,6 +12,7 @@ from hesscale_fx.inspect.network import (
     to_networkx,
 )
 from hesscale_fx.inspect.page import html
+from hesscale_fx.inspect.profiling import times
 from hesscale_fx.inspect.summary import Row, Summary, summary
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "html",
     "origin_of",
     "summary",
+    "times",
     "to_networkx",
 ]
