@@ -11,7 +11,8 @@ import networkx as nx
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from models import GPT
+from models import CASES, GPT
+from test_models import build
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -336,3 +337,25 @@ def test_the_summary_shows_in_notebooks_and_in_rich(small):
     out = io.StringIO()
     console.Console(file=out, width=120).print(found)
     assert "Linear" in out.getvalue() and "at peak" in out.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_model_can_be_looked_at(name):
+    """Costs are those of a run, and no view fails."""
+    made = build(name, torch.float32)
+    args, kwargs = (*made.inputs, *made.targets), made.kwargs
+    hs = hesscale_fx.transform(made.model, made.loss, args, kwargs or None)
+    graph = inspect.to_networkx(hs)
+    generated = [n for n, r in graph.nodes(data="role") if r in ("gradient", "curvature")]
+    assert all(inspect.origin_of(graph, n) for n in generated)
+    assert "digraph" in inspect.draw(hs) and not hs.diff(hs)
+    inspect.html(hs, None, hs(*args, **kwargs))
+    found = hs.summary()
+    meter = Meter(hs, graph=hs.graph)
+    _, tensors = hs._find(args, kwargs)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        meter.run(*tensors)
+    total = found.total
+    assert total.forward + total.gradient + total.curvature == counter.get_total_flops()
+    assert found.peak == meter.most
