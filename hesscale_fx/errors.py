@@ -47,8 +47,8 @@ class NotCapturedError(HesScaleError, RuntimeError):
     """The graph was asked for before the first call captured it."""
 
 
-class MissingDependencyError(HesScaleError, ImportError):
-    """A program or package that is needed for this alone is not installed."""
+class MissingPackageError(HesScaleError, ImportError):
+    """An optional package or program is not installed."""
 
 
 NOT_OURS = ("/torch/", os.path.dirname(__file__))

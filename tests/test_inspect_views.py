@@ -17,7 +17,7 @@ from torch import nn
 
 import hesscale_fx
 from hesscale_fx import inspect
-from hesscale_fx.errors import InvalidArgumentError, MissingDependencyError
+from hesscale_fx.errors import InvalidArgumentError, MissingPackageError
 from hesscale_fx.inspect import drawing
 from hesscale_fx.inspect.layout import LANES, Layout, levels
 from hesscale_fx.inspect.nodes import records
@@ -140,7 +140,7 @@ def test_graphviz_renders_it(small, tmp_path, suffix, head):
 
 def test_without_graphviz_there_is_a_message(small, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing.shutil, "which", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"Graphviz.*\.dot"):
+    with pytest.raises(MissingPackageError, match=r"Graphviz.*\.dot"):
         inspect.draw(small[0], tmp_path / "g.svg")
     with pytest.raises(InvalidArgumentError, match=r"\.svg"):
         inspect.draw(small[0], tmp_path / "g.jpeg")

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hesscale_fx.errors import InvalidArgumentError, MissingDependencyError
+from hesscale_fx.errors import InvalidArgumentError, MissingPackageError
 from hesscale_fx.inspect.layout import HEIGHT, Box, Frame, Layout, readable_depth
 from hesscale_fx.inspect.nodes import Records, records
 from hesscale_fx.inspect.summary import in_units
@@ -58,7 +58,7 @@ def draw(
 
     Raises:
         InvalidArgumentError: an unknown suffix or colour.
-        MissingDependencyError: Graphviz is not installed and the suffix needs it.
+        MissingPackageError: Graphviz is not installed and the suffix needs it.
         NotCapturedError: there is no graph yet and no arguments are given.
 
     Example:
@@ -87,7 +87,7 @@ def render(text: str, path: Path, suffix: str) -> None:
     """Let Graphviz lay the drawing out."""
     dot = shutil.which("dot")
     if dot is None:
-        raise MissingDependencyError(
+        raise MissingPackageError(
             f"Writing {path} needs the program dot of Graphviz, which is not installed (package "
             "graphviz of Debian, Homebrew and conda). Write a .dot file instead, or use "
             "hesscale_fx.inspect.html, which needs nothing."
