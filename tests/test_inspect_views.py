@@ -124,7 +124,9 @@ def test_a_large_model_is_collapsed_by_module(deep):
     coarse = inspect.draw(hs, depth=1)
     assert '"blocks.0"' not in coarse and '"blocks"' in coarse
     full = inspect.draw(hs, depth=levels(records(hs)))
-    assert full.count(' [label="') > 3 * text.count(' [label="')
+    drawn = [r.name for r in records(hs) if r.shape and r.role != "output"]
+    assert all(f'  "{name}" [label=' in full for name in drawn)
+    assert len(boxes) < len(drawn) / 2
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
@@ -366,7 +368,7 @@ def test_the_page_in_a_browser(deep, tmp_path):
 @needs_browser
 def test_five_thousand_nodes_open_in_two_seconds(tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
-    hs, args = gpt(layers=9)
+    hs, args = gpt(layers=18)
     assert len(hs.graph.nodes) > 5000
     inspect.html(hs, tmp_path / "page.html", hs(*args))
     with sync_api.sync_playwright() as play:
@@ -380,9 +382,9 @@ def test_five_thousand_nodes_open_in_two_seconds(tmp_path):
         page.wait_for_selector("html[data-ready]")
         assert time.perf_counter() - start < 2
         page.keyboard.press("/")
-        page.keyboard.type("blocks_8_ln1_weight_hess")
+        page.keyboard.type("blocks_17_ln1_weight_hess")
         page.keyboard.press("Enter")
-        assert "hess_diag['blocks.8.ln1.weight']" in page.inner_text("#details")
+        assert "hess_diag['blocks.17.ln1.weight']" in page.inner_text("#details")
         page.keyboard.press("Escape")
         page.keyboard.press("ArrowDown")
         assert page.locator("#svg .chosen").count() == 1
