@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +29,7 @@ from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import source_name
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
-
-log = logging.getLogger("hesscale_fx")
+from hesscale_fx.stages import Stages
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -194,14 +191,14 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
-        start = time.perf_counter()
+        stages = Stages()
         captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
-        log.info(
-            "captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start
-        )
-        return self.compile(captured)
+        stages.done("capture", f"{len(captured.graph.nodes)} nodes")
+        program = self.compile(captured, stages)
+        stages.total()
+        return program
 
-    def compile(self, captured: Captured) -> Program:
+    def compile(self, captured: Captured, stages: Stages) -> Program:
         """Analyse and emit."""
         outputs = self._outputs(captured)
         if self.method.needs_boundary and not captured.boundary:
@@ -214,6 +211,7 @@ class Builder:
             [leaf.node.meta["val"] for leaf in captured.leaves] or [captured.loss.meta["val"]]
         )
         primitives = write_out(captured.graph, fake_mode)
+        stages.done("definitions", f"{len(primitives.graph.nodes)} primitive nodes")
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
@@ -226,11 +224,14 @@ class Builder:
             inside if self.method.needs_boundary else None,
         )
         check_supported(partition, primitives.source)
+        stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
+        stages.done("exactness")
         emission = Emission(
             captured, primitives, partition.units, states, inside, self.method, fake_mode
         )
         graph = emission.run(outputs)
+        stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,

@@ -207,9 +207,11 @@ def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
     """Sizes one by one, which torch.compile knows."""
     (x,) = node.args
     product: Any = 1
+    value: Any = 1
     with graph.inserting_before(node):
         for dim, size in enumerate(x.meta["val"].shape):  # type: ignore[union-attr]
             factor: Any = size
+            value = value * size
             if not isinstance(size, int):
                 factor = graph.call_function(aten.sym_size.int, (x, dim))
                 factor.meta["val"] = size
@@ -219,8 +221,7 @@ def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
                 product = factor
             else:
                 product = graph.call_function(operator.mul, (product, factor))
-    if isinstance(product, fx.Node):
-        product.meta["val"] = node.meta["val"]
+                product.meta["val"] = value
     node.replace_all_uses_with(product)
     graph.erase_node(node)
 
