@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,8 +34,8 @@ from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import source_name
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
+from hesscale_fx.stages import Stages, log
 
-log = logging.getLogger("hesscale_fx")
 SYMBOLIC = "symbolic sizes/strides"  # in torch's words for what a formula of its own cannot do
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
@@ -201,11 +199,15 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
+        stages = Stages()
         reason: Exception | None = None
         for captured in capture(self.step, args, kwargs, dynamic=self.dynamic):
             try:
+                stages.done("capture", f"{len(captured.graph.nodes)} nodes, {captured.way}")
                 with quiet():  # torch logs the attempts that fail
-                    return self.compile(captured)
+                    program = self.compile(captured, stages)
+                stages.total()
+                return program
             except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
                 if not isinstance(error, DATA_DEPENDENT) and SYMBOLIC not in str(error):
                     raise
@@ -213,7 +215,7 @@ class Builder:
                 reason = error
         raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
-    def compile(self, captured: Captured) -> Program:
+    def compile(self, captured: Captured, stages: Stages) -> Program:
         """Analyse and emit."""
         outputs = self._outputs(captured)
         if self.method.needs_boundary and not captured.boundary:
@@ -225,9 +227,8 @@ class Builder:
         fake_mode = detect_fake_mode(
             [leaf.node.meta["val"] for leaf in captured.leaves] or [captured.loss.meta["val"]]
         )
-        clock = Stages()
         primitives = write_out(captured.graph, fake_mode)
-        clock.done("wrote definitions out: %d nodes", len(primitives.graph.nodes))
+        stages.done("definitions", f"{len(primitives.graph.nodes)} primitive nodes")
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
@@ -240,14 +241,14 @@ class Builder:
             inside if self.method.needs_boundary else None,
         )
         check_supported(partition, primitives.source)
-        clock.done("found %d units", len(partition.units))
+        stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
-        clock.done("analysed what is exact")
+        stages.done("exactness")
         emission = Emission(
             captured, primitives, partition.units, states, inside, self.method, fake_mode
         )
         graph = emission.run(outputs)
-        clock.done("emitted %d nodes", len(graph.nodes))
+        stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,
@@ -293,19 +294,6 @@ class Builder:
                 node.target = name + suffix if name in constants else name.removeprefix("model.")
         self._built += 1
         return {name + suffix: value for name, value in constants.items()}
-
-
-class Stages:
-    """Logs what has been done and how long it took."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def done(self, text: str, *values: int) -> None:
-        """One stage has ended."""
-        now = time.perf_counter()
-        log.info(text + " in %.2fs", *values, now - self._last)
-        self._last = now
 
 
 def report_of(
