@@ -411,6 +411,24 @@ def rrelu_composite(
     return aten.rrelu_with_noise_functional(x, noise, lower, upper, training)[0]
 
 
+def copied(view: Any) -> Callable[..., Any]:
+    def copy_of(*args: Any, **kwargs: Any) -> Any:
+        found = view(*args, **kwargs)
+        return found.clone() if isinstance(found, Tensor) else [v.clone() for v in found]
+
+    return copy_of
+
+
+for _name in (
+    "alias", "as_strided", "diagonal", "expand", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "view_as_real", "view_as_complex",
+):  # fmt: skip
+    _view, _copy = getattr(aten, _name), getattr(aten, f"{_name}_copy")
+    for _overload in set(_view.overloads()) & set(_copy.overloads()):
+        defines(getattr(_copy, _overload), at_capture=True)(copied(getattr(_view, _overload)))
+
+
 @defines(aten.copy.default, at_capture=True)
 def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand(x.shape)

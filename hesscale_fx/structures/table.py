@@ -15,6 +15,7 @@ from torch import Tensor
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
+from hesscale_fx.structures.columns import Columns
 from hesscale_fx.structures.contraction import Contraction, Trilinear, trilinear
 from hesscale_fx.structures.ctc import CTC, recursion
 from hesscale_fx.structures.selection import (
@@ -123,6 +124,38 @@ SEPARABLE = {
     **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
 }  # fmt: skip
 
+# Linear, and dense: a transform along its dimensions.
+LINEAR_MAPS = packets(
+    *(
+        f"fft_{kind}{dims}"
+        for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+        for dims in ("", "2", "n")
+    ),
+    "_fft_c2c", "_fft_r2c", "_fft_c2r", "stft", "istft", "trapezoid", "trapz",
+    "cumulative_trapezoid",
+)  # fmt: skip
+# Functions of each matrix of a batch.
+OF_MATRICES = packets(
+    "cholesky", "cholesky_inverse", "cholesky_solve", "linalg_cholesky", "linalg_cholesky_ex",
+    "linalg_det", "_linalg_det", "linalg_slogdet", "_linalg_slogdet", "logdet", "slogdet",
+    "linalg_inv", "linalg_inv_ex", "inverse", "linalg_eigh", "_linalg_eigh", "linalg_eigvalsh",
+    "linalg_eig", "linalg_eigvals", "linalg_svd", "_linalg_svd", "linalg_svdvals", "svd",
+    "linalg_pinv", "pinverse", "linalg_matrix_exp", "matrix_exp", "linalg_matrix_power",
+    "matrix_power", "linalg_qr", "qr", "linalg_householder_product", "orgqr", "ormqr",
+    "linalg_lu", "linalg_lu_factor", "linalg_lu_factor_ex", "lu_unpack", "linalg_lu_solve",
+    "lu_solve", "linalg_solve", "linalg_solve_ex", "_linalg_solve_ex",
+    "linalg_solve_triangular", "triangular_solve", "linalg_cond", "linalg_matrix_norm",
+    "nuclear_norm", "linalg_lstsq", "geqrf", "_lu_with_info",
+)  # fmt: skip
+# Functions of a whole tensor that no rule of a row or a contraction gives: products of several
+# matrices or of one with itself, products by index, differences between all pairs of rows.
+OF_TENSORS = packets(
+    "linalg_multi_dot", "chain_matmul", "linalg_tensorinv", "linalg_tensorsolve", "cov",
+    "corrcoef", "linalg_vander", "logcumsumexp", "index_reduce", "scatter_reduce",
+    "segment_reduce", "quantile", "nanquantile", "grid_sampler_2d", "grid_sampler_3d",
+    "_segment_reduce_backward", "renorm",
+)  # fmt: skip
+
 # One of ours, and one that torch cannot trace with symbolic sizes.
 IMPLEMENTATIONS: dict[Any, Callable] = {
     torch.ops.hesscale_fx.ctc_loss.default: recursion,
@@ -141,6 +174,9 @@ TABLE: dict[Any, Structure] = {
     torch.ops.hesscale_fx.ctc_loss.default: CTC(),
     **SCALED,
     **SEPARABLE,
+    **{op: Columns(linear=True, name="linear map") for op in LINEAR_MAPS},
+    **{op: Columns(core=2) for op in OF_MATRICES},
+    **{op: Columns() for op in OF_TENSORS if op not in TIES},
 }
 
 # Bijections of elements and broadcasts: regions see through them.
@@ -150,6 +186,10 @@ VIEWS = {
         "_reshape_alias",
     ),
     aten.view.default,
+}  # fmt: skip
+# Between complex numbers and pairs of real ones.
+COMPLEX_SELECTION = {
+    aten._to_copy.default, *packets("view_as_real", "view_as_complex", "complex", "real", "imag"),
 }  # fmt: skip
 # Identities in value: they change memory or dtype only.
 IDENTITIES = set(packets("clone", "_to_copy", "alias"))
@@ -188,6 +228,8 @@ def is_pointwise(op: Any) -> bool:
 
 def definition_of(op: Any, args: tuple = (), kwargs: Any = None) -> Callable | None:
     """An operator written out; asked with the arguments of a call where not all have one."""
+    if any_complex((args, kwargs)):
+        return None
     accepts = definitions.ACCEPTS.get(op)
     if accepts is not None and args and not accepts(*args, **(kwargs or {})):
         return None
@@ -217,12 +259,36 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
     """The structure of a call of an operator that is a unit of its own, or None."""
     # A view that regions cannot see through, its sizes having no common factors.
     structure = Selection() if op in VIEWS else TABLE.get(op)
+    if structure is None and op in COMPLEX_SELECTION:
+        return Selection()
+    if any_complex((args, kwargs)) and not isinstance(structure, (Selection, Columns)):
+        return complex_structure(op)
     accepts = getattr(structure, "accepts", None)
-    return structure if accepts is None or accepts(args, kwargs or {}) else None
+    if accepts is None or accepts(args, kwargs or {}):
+        return structure
+    return Columns()
+
+
+def any_complex(tree: Any) -> bool:
+    """Whether a call has complex numbers among its arguments (values, or nodes of them)."""
+    values = (getattr(v, "meta", {}).get("val", v) for v in torch.utils._pytree.tree_leaves(tree))
+    return any(
+        v.is_complex() if isinstance(v, Tensor) else isinstance(v, complex) for v in values
+    )
+
+
+def complex_structure(op: Any) -> Structure | None:
+    """Of an operator on complex numbers, as pairs of real ones."""
+    if op in (aten.sum.default, aten.sum.dim_IntList):
+        return Selection()
+    if is_pointwise(op):
+        return Columns(core=0)
+    return Columns() if op in TABLE or op in REDUCTIONS else None
 
 
 def is_known(op: Any) -> bool:
-    return op in TABLE or definition_of(op) is not None or is_region(op) or op in CONSTANT
+    known = op in TABLE or op in CONSTANT or op in COMPLEX_SELECTION
+    return known or definition_of(op) is not None or is_region(op)
 
 
 NAMED: dict[str, Structure] = {
