@@ -241,12 +241,15 @@ def imaginary_part(x: Tensor) -> Tensor:
 
 def batched_grad(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor | None:
     """``J^T v`` for each of the vectors, which are stacked along the first dimension."""
-    if or_none(vectors) is None:
-        return None
-    (found,) = torch.autograd.grad(
-        y, x, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+
+    def grad(v: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(y, x, v, retain_graph=True, materialize_grads=True)
+        return found
+
+    (reached,) = torch.autograd.grad(
+        y, x, torch.ones_like(y), retain_graph=True, allow_unused=True
     )
-    return found
+    return None if reached is None else torch.func.vmap(grad)(vectors)
 
 
 @dataclass
