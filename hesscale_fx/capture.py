@@ -527,7 +527,8 @@ def drop_whole_slices(graph: fx.Graph) -> None:
     """``x[:]`` is x; export writes one for every ``:`` next to a None or an index."""
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor:
-            start, end, step = (list(node.args[2:]) + [None, None, 1][len(node.args) - 2 :])[:3]
+            given = list(node.args[2:])
+            start, end, step = given + [None, None, 1][len(given) :]
             if start in (None, 0) and end in (None, sys.maxsize) and step == 1:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)

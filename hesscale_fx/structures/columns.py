@@ -20,7 +20,7 @@ from torch import Tensor
 from hesscale_fx.structures.base import Call, Tensors, add, or_none, vjp, widen
 
 # Columns of one block that are computed without being asked to, and at most.
-SMALL, LARGE = 1024, 16384
+SMALL, LARGE = 2048, 16384
 # Numbers that one batched backward pass may give; more columns go one chunk after the other.
 CHUNK = 1 << 22
 
@@ -36,6 +36,7 @@ class Columns:
             second derivative to look for.
         limit: most columns of one block.
         implementation: the same in plain torch, where autograd cannot differentiate it twice.
+        accepts: whether this holds for a call with such arguments.
         name: what reports call it.
     """
 
@@ -43,6 +44,7 @@ class Columns:
     linear: bool = False
     limit: int = SMALL
     implementation: Callable | None = None
+    accepts: Callable[[tuple, dict], bool] | None = None
     name: str = "columns"
 
     def at(self, call: Call) -> ColumnsAt:

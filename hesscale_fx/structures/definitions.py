@@ -148,6 +148,16 @@ def vector_norm(
     return squeeze(total(x.abs().pow(ord), dims).pow(1 / ord), dims, keepdim)
 
 
+@defines(aten.dist.default)
+def dist(x: Tensor, y: Tensor, p: Any = 2) -> Tensor:
+    return vector_norm(x - y, p)
+
+
+@defines(aten._cdist_forward.default)
+def cdist(x: Tensor, y: Tensor, p: float, compute_mode: int | None) -> Tensor:
+    return vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
+
+
 @defines(aten.norm.ScalarOpt_dim)
 def norm_dim(x: Tensor, p: Any, dim: Any, keepdim: bool = False) -> Tensor:
     return vector_norm(x, 2 if p is None else p, dim, keepdim)
@@ -226,7 +236,11 @@ def group_norm(
 def native_group_norm(
     x: Tensor, weight: Any, bias: Any, n: Any, c: Any, hw: Any, groups: int, eps: float
 ) -> Any:
-    return group_norm(x, groups, weight, bias, eps), None, None
+    rows = x.reshape([x.shape[0], groups, -1])
+    d, v = moments(rows, [2])
+    rstd = (v + eps).rsqrt()
+    y = affine((d * rstd).reshape(x.shape), per_channel(weight, x), per_channel(bias, x))
+    return y, rows.mean(2), rstd.squeeze(2)
 
 
 def batch_statistics(x: Tensor) -> list[int]:
@@ -429,6 +443,11 @@ for _name in (
         defines(getattr(_copy, _overload), at_capture=True)(copied(getattr(_view, _overload)))
 
 
+@defines(aten.narrow_copy.default, at_capture=True)
+def narrow_copy(x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
+    return x.narrow(dim, start, length).clone()
+
+
 @defines(aten.copy.default, at_capture=True)
 def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand(x.shape)
@@ -461,22 +480,3 @@ def baddbmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -
 @defines(aten.addr.default, at_capture=True)
 def addr(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     return scaled_sum(beta, a, alpha, b.unsqueeze(1) * c)
-
-
-def reduced(loss: Tensor, reduction: int) -> Tensor:
-    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
-
-
-@defines(aten.multilabel_margin_loss.default, at_capture=True)
-def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    rows = x if x.dim() == 2 else x.unsqueeze(0)
-    labels = target if x.dim() == 2 else target.unsqueeze(0)
-    classes = torch.arange(rows.shape[1], device=x.device)
-    # Labels count up to the first -1 of their row.
-    valid = (labels < 0).to(torch.int64).cumsum(1) == 0
-    is_target = ((labels.unsqueeze(2) == classes) & valid.unsqueeze(2)).any(1)
-    picked = rows.gather(1, labels.clamp(min=0)).unsqueeze(2)
-    hinge = (1 - picked + rows.unsqueeze(1)).clamp(min=0)
-    counted = valid.unsqueeze(2) & ~is_target.unsqueeze(1)
-    loss = (hinge * counted.to(x.dtype)).sum((1, 2)) / rows.shape[1]
-    return reduced(loss if x.dim() == 2 else loss.squeeze(0), reduction)

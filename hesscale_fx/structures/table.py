@@ -76,7 +76,8 @@ SELECTION += [
     aten.index.Tensor, aten.split.Tensor, aten.scatter.src, aten.scatter.value,
     aten.repeat_interleave.self_int,
     aten.repeat_interleave.self_Tensor, aten.median.dim,
-    aten.nanmedian.dim,
+    aten.nanmedian.dim, aten.max_pool2d_with_indices_backward.default,
+    aten.as_strided_scatter.default,
 ]  # fmt: skip
 
 CONTRACTION = [
@@ -87,7 +88,8 @@ MULTILINEAR = packets("prod", "cumprod")
 
 # Unlike along one dimension, the median of all shares its derivative among ties.
 MANY_TO_ONE = [
-    *packets("nll_loss_forward", "nll_loss2d_forward"), aten.median.default, aten.nanmedian.default,
+    *packets("nll_loss_forward", "nll_loss2d_forward", "frexp"), aten.median.default,
+    aten.nanmedian.default,
 ]  # fmt: skip
 # As a maximum here does.
 TIES = packets("scatter_reduce")
@@ -107,6 +109,16 @@ def pool_scale(call: Call) -> Tensor:
 
 def reduces_linearly(args: tuple, kwargs: dict[str, Any]) -> bool:
     return (args[4] if len(args) > 4 else kwargs["reduce"]) in ("sum", "mean", "amax", "amin")
+
+
+def adds_or_chooses(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return args[1] in ("sum", "mean", "max", "min")
+
+
+def pair_distances(x: Tensor, p: float = 2) -> Tensor:
+    """The norms of the differences of all pairs of rows."""
+    i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    return definitions.vector_norm(x[i] - x[j], p, 1)
 
 
 SCALED = {op: ScaledSelection(pool_scale) for op in packets("avg_pool2d", "avg_pool3d")}
@@ -152,8 +164,8 @@ OF_MATRICES = packets(
 OF_TENSORS = packets(
     "linalg_multi_dot", "chain_matmul", "linalg_tensorinv", "linalg_tensorsolve", "cov",
     "corrcoef", "linalg_vander", "logcumsumexp", "index_reduce", "scatter_reduce",
-    "segment_reduce", "quantile", "nanquantile", "grid_sampler_2d", "grid_sampler_3d",
-    "_segment_reduce_backward", "renorm",
+    "quantile", "nanquantile", "grid_sampler_2d", "grid_sampler_3d",
+    "renorm",
 )  # fmt: skip
 
 # One of ours, and one that torch cannot trace with symbolic sizes.
@@ -177,6 +189,13 @@ TABLE: dict[Any, Structure] = {
     **{op: Columns(linear=True, name="linear map") for op in LINEAR_MAPS},
     **{op: Columns(core=2) for op in OF_MATRICES},
     **{op: Columns() for op in OF_TENSORS if op not in TIES},
+    **{op: Columns(linear=True, accepts=adds_or_chooses) for op in packets("segment_reduce")},
+    **{op: Columns(implementation=pair_distances) for op in packets("_pdist_forward")},
+    # Linear but for kinks, in each row alone.
+    **{
+        op: Columns(core=1, linear=True)
+        for op in packets("multilabel_margin_loss", "multilabel_margin_loss_forward")
+    },
 }
 
 # Bijections of elements and broadcasts: regions see through them.
@@ -200,7 +219,7 @@ REDUCTIONS = {
 # Pointwise in fact, though without the tag.
 POINTWISE = {
     aten.masked_fill.Scalar, aten.where.self, aten.where.Scalar, aten.where.ScalarSelf,
-    aten.where.ScalarOther, *packets("rsub"),
+    aten.where.ScalarOther, *packets("rsub", "polar"),
 }  # fmt: skip
 
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
@@ -213,7 +232,7 @@ CONSTANT = set(
     packets(
         "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
         "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "bernoulli",
-        "multinomial", "sym_size", "item", "_local_scalar_dense",
+        "multinomial", "normal", "sym_size", "item", "_local_scalar_dense",
     )
 )  # fmt: skip
 
@@ -261,6 +280,8 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
     structure = Selection() if op in VIEWS else TABLE.get(op)
     if structure is None and op in COMPLEX_SELECTION:
         return Selection()
+    if structure is None and is_pointwise(op):  # between real and complex numbers
+        return Columns(core=0)
     if any_complex((args, kwargs)) and not isinstance(structure, (Selection, Columns)):
         return complex_structure(op)
     accepts = getattr(structure, "accepts", None)
