@@ -6,6 +6,7 @@ import fnmatch
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -343,7 +344,11 @@ def check_supported(
     large = [u for u in alone if is_large(u)]
     if fallback is not None:
         for unit in [*unknown, *large]:
-            unit.fallback = FALLBACKS[fallback]
+            other = FALLBACKS[fallback]
+            known = unit.rule
+            if isinstance(known, Columns) and isinstance(other, Columns):
+                other = replace(known, limit=other.limit)  # it knows more of its blocks
+            unit.fallback = other
         unknown, large = [], [u for u in alone if is_large(u)]
     if unknown:
         calls = [u.call for u in unknown]

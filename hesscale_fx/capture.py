@@ -29,12 +29,15 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.boundary import output
+from hesscale_fx.checkpoints import seen_through
 from hesscale_fx.decisions import Decision, recording, replaying
 from hesscale_fx.errors import (
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
     InvalidModelError,
+    UnsupportedOperatorError,
+    source_line,
 )
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
@@ -269,7 +272,7 @@ def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
     options: dict[str, Any] = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
     try:
         # On failure export prints its partial graph to stderr.
-        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole():
+        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole(), seen_through():
             try:
                 return torch.export.export(step, tuple(tensors), **options)
             except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
@@ -379,9 +382,14 @@ def positional_names(function: Callable, count: int, default: str) -> list[str]:
 def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     """Decompose an exported program to the pinned level and read off its signature."""
     detach_no_grad(program.graph_module)
-    with quiet(), no_autocast():
-        program = program.run_decompositions(decompositions())
+    try:
+        with quiet(), no_autocast():
+            program = program.run_decompositions(decompositions())
+    except Exception as error:
+        raise CaptureError(explain(error, step)) from error
     graph = program.graph_module.graph
+    refuse_control_flow(graph)
+    ask_for_dense_gradients(graph)
     signature = program.graph_signature
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
@@ -409,6 +417,36 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         in_leaves=list(step.static),
         guards=guards_of(leaves),
     )
+
+
+def refuse_control_flow(graph: fx.Graph) -> None:
+    """torch.cond, scan, while_loop, map: their bodies are graphs of their own."""
+    found = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
+    if found:
+        names = ", ".join(dict.fromkeys(f"torch.ops.higher_order.{n.target}" for n in found))
+        where = (line for line in map(source_line, found) if line and not line.startswith("<"))
+        lines = "".join(f"\n  at {line}" for line in where)
+        raise UnsupportedOperatorError(
+            f"No rule is known for control flow that stays in the graph: {names}.{lines}\nUnroll "
+            "the loop in Python, take torch.where of both branches, or move it out of the model."
+        )
+
+
+# Position of the argument that asks for a sparse gradient.
+SPARSE = {
+    aten.embedding.default: 4, aten.embedding_bag.default: 5, aten.embedding_bag.padding_idx: 5,
+    aten._embedding_bag.default: 5,
+}  # fmt: skip
+
+
+def ask_for_dense_gradients(graph: fx.Graph) -> None:
+    """Gradients and diagonals are dense, also where an embedding asks for sparse ones."""
+    for node in graph.nodes:
+        position = SPARSE.get(node.target)
+        if position is not None and len(node.args) > position:
+            node.update_arg(position, False)
+        if position is not None and "sparse" in node.kwargs:
+            node.update_kwarg("sparse", False)
 
 
 def detach_no_grad(module: fx.GraphModule) -> None:

@@ -136,16 +136,16 @@ def vector_norm(
     x = cast(x, dtype)
     dims = dims_of(x, dim)
     if ord == float("inf"):
-        return squeeze(x.abs().amax(dims, keepdim=True), dims, keepdim)
+        return squeeze(absolute(x).amax(dims, keepdim=True), dims, keepdim)
     if ord == -float("inf"):
-        return squeeze(x.abs().amin(dims, keepdim=True), dims, keepdim)
+        return squeeze(absolute(x).amin(dims, keepdim=True), dims, keepdim)
     if ord == 0:
         return squeeze(total((x != 0).to(x.dtype), dims), dims, keepdim)
     if ord == 1:
-        return squeeze(total(x.abs(), dims), dims, keepdim)
+        return squeeze(total(absolute(x), dims), dims, keepdim)
     if ord == 2:
         return squeeze(total(x * x, dims).sqrt(), dims, keepdim)
-    return squeeze(total(x.abs().pow(ord), dims).pow(1 / ord), dims, keepdim)
+    return squeeze(total(absolute(x).pow(ord), dims).pow(1 / ord), dims, keepdim)
 
 
 @defines(aten.dist.default)
