@@ -361,11 +361,11 @@ def check_supported(
             + "\n".join(listed(c, source) for c in calls)
             + "\nRegister one, e.g. 'pointwise', 'selection' or 'contraction':\n"
             + registers
-            + "\nor let columns (small operators) or estimates serve: transform(..., "
-            "fallback='exact') or fallback='estimate'."
+            + "\nor let the columns of their Jacobians serve, if they are small, or estimates: "
+            'transform(..., fallback="exact") or transform(..., fallback="estimate").'
         )
     if large:
-        way = "fallback='estimate'" if fallback else "fallback='exact' or fallback='estimate'"
+        way = 'fallback="estimate"' if fallback else 'fallback="exact" or fallback="estimate"'
         raise UnsupportedOperatorError(
             "Too large for the columns of the Jacobian, which are computed one by one:\n"
             + "\n".join(
