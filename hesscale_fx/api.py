@@ -222,7 +222,11 @@ class Builder:
         log.info(
             "captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start
         )
-        return self.compile(captured)
+        program = self.compile(captured)
+        if self.dynamic and not serves(program.signature, args, kwargs):
+            # A batch of one is captured as two; a rule has fixed it since.
+            program = self.compile(capture(self.step, args, kwargs, dynamic=False))
+        return program
 
     def compile(self, captured: Captured) -> Program:
         """Analyse and emit."""
@@ -324,6 +328,11 @@ def matches(name: str, pattern: str) -> bool:
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
 
 
+def serves(signature: Signature, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a graph takes the arguments it was captured for."""
+    return signature.mismatch(signature.flatten(args, dict(kwargs))) is None
+
+
 def signature_of(captured: Captured) -> Signature:
     """The arguments that a captured graph serves."""
     inputs = []
@@ -385,6 +394,7 @@ def columns(unit: Unit) -> int:
 
 
 def is_large(unit: Unit) -> bool:
+    """Whether the rule of a unit would compute more columns than it may."""
     return isinstance(unit.rule, Columns) and columns(unit) > unit.rule.limit
 
 

@@ -272,7 +272,13 @@ def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
     options: dict[str, Any] = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
     try:
         # On failure export prints its partial graph to stderr.
-        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole(), seen_through():
+        with (
+            quiet(),
+            redirect_stderr(io.StringIO()),
+            grad_modes(),
+            captured_whole(),
+            seen_through(),
+        ):
             try:
                 return torch.export.export(step, tuple(tensors), **options)
             except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:

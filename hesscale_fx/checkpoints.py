@@ -18,11 +18,11 @@ def run_through(function: Callable[..., Any], preserve_rng_state: bool, *args: A
 def seen_through() -> Iterator[None]:
     """Reentrant checkpoints run their function under no_grad, which a capture would obey."""
     before = CheckpointFunction.__dict__.get("apply")
-    CheckpointFunction.apply = staticmethod(run_through)
+    CheckpointFunction.apply = staticmethod(run_through)  # type: ignore[method-assign]
     try:
         yield
     finally:
         if before is None:
             del CheckpointFunction.apply
         else:
-            CheckpointFunction.apply = before
+            CheckpointFunction.apply = before  # type: ignore[method-assign]

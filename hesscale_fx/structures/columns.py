@@ -157,9 +157,7 @@ class ColumnsAt:
         ys, us = zip(*used, strict=True)
         with torch.enable_grad():
             slopes = torch.autograd.grad(ys, inputs, us, create_graph=True, allow_unused=True)
-        return self._finish(
-            [self._diagonal(q, x, ys) for q, x in zip(slopes, inputs, strict=True)]
-        )
+        return self._finish([self._diagonal(q, x, ys) for q, x in zip(slopes, inputs, strict=True)])
 
     def _diagonal(self, q: Tensor | None, x: Tensor, outputs: tuple[Tensor, ...]) -> Tensor | None:
         """Of the Jacobian of the gradient q."""
@@ -248,9 +246,7 @@ def batched_grad(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor | None:
         (found,) = torch.autograd.grad(y, x, v, retain_graph=True, materialize_grads=True)
         return found
 
-    (reached,) = torch.autograd.grad(
-        y, x, torch.ones_like(y), retain_graph=True, allow_unused=True
-    )
+    (reached,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True, allow_unused=True)
     return None if reached is None else torch.func.vmap(grad)(vectors)
 
 
@@ -264,8 +260,7 @@ class EstimateAt:
     def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
         drawn = [None if v is None else signs(v) for v in s]
         weighted = [
-            None if z is None or v is None else product(z, v)
-            for z, v in zip(drawn, s, strict=True)
+            None if z is None or v is None else product(z, v) for z, v in zip(drawn, s, strict=True)
         ]
         plain, scaled = self.call.vjp(drawn, widen), self.call.vjp(weighted, widen)
         return [

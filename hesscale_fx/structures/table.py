@@ -293,9 +293,7 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
 def any_complex(tree: Any) -> bool:
     """Whether a call has complex numbers among its arguments (values, or nodes of them)."""
     values = (getattr(v, "meta", {}).get("val", v) for v in torch.utils._pytree.tree_leaves(tree))
-    return any(
-        v.is_complex() if isinstance(v, Tensor) else isinstance(v, complex) for v in values
-    )
+    return any(v.is_complex() if isinstance(v, Tensor) else isinstance(v, complex) for v in values)
 
 
 def complex_structure(op: Any) -> Structure | None:
