@@ -47,6 +47,10 @@ class NotCapturedError(HesScaleError, RuntimeError):
     """The graph was asked for before the first call captured it."""
 
 
+class MissingPackageError(HesScaleError, ImportError):
+    """An optional package is not installed."""
+
+
 NOT_OURS = ("/torch/", os.path.dirname(__file__))
 
 

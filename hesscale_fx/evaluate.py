@@ -13,6 +13,7 @@ from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.structures import Call, Evaluation, definitions
 from hesscale_fx.structures.base import Tensors
+from hesscale_fx.structures.closed import closed_form_of
 from hesscale_fx.structures.region import RegionAt
 
 Values = Callable[[fx.Node], Any]
@@ -21,6 +22,9 @@ Values = Callable[[fx.Node], Any]
 def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
     """The unit's three questions where the entering nodes have `values`."""
     if unit.region is not None:
+        known = native.closed_form(unit, values)
+        if known is not None:
+            return known
         return RegionAt(unit.region, values, native.runner(unit, values))
     call = unit.call
     structure = unit.rule
@@ -59,6 +63,21 @@ class Native:
             and self._written[source] <= members
         )
 
+    def closed_form(self, unit: Unit, values: Values) -> Evaluation | None:
+        """The rule of a unit that is one call of an operator with a closed form."""
+        (source, whole), *others = self.sources(unit).items()
+        of = self._primitives.of
+        if others or not whole or [of.get(part) for part in results_of(source)] != unit.outputs:
+            return None
+        leaves, spec = pytree.tree_flatten((tuple(source.args), dict(source.kwargs)))
+        wanted = {n for n, _ in unit.inputs}
+        nodes = [of[v] if isinstance(v, fx.Node) else None for v in leaves]
+        active = [i for i, n in enumerate(nodes) if n in wanted]
+        if [nodes[i] for i in active] != [n for n, _ in unit.inputs]:
+            return None
+        leaves = [v if n is None else values(n) for v, n in zip(leaves, nodes, strict=True)]
+        return closed_form_of(Call(source.target, leaves, spec, active), len(unit.inputs))  # type: ignore[arg-type]
+
     def runner(
         self, unit: Unit, values: Values
     ) -> Callable[[Mapping[fx.Node, Tensor]], list[Tensor]]:
@@ -94,6 +113,13 @@ class Native:
             return {of[source]: result}
         parts = [u for u in source.users if u.target is operator.getitem and u in of]
         return {of[u]: result[u.args[1]] for u in parts}
+
+
+def results_of(source: fx.Node) -> list[fx.Node]:
+    """The call itself, or the first of its several outputs."""
+    if isinstance(source.meta["val"], Tensor):
+        return [source]
+    return [u for u in source.users if u.target is operator.getitem and u.args[1] == 0]
 
 
 class Parts:

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from hesscale_fx.accumulate import accumulate, clear
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.capture import Captured
@@ -287,6 +288,48 @@ class HesScaleModule(fx.GraphModule):
                 f"otherwise in this call than at capture, where {str(error).split(': ')[-1]}: the "
                 "arguments are invalid, or the model must be transformed again with such ones."
             ) from None
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute as a call does, and add the result to ``p.grad`` and ``p.hesscale``.
+
+        Both accumulate over calls, as autograd does into ``p.grad``, until they are cleared:
+        `zero_grad` of this module or of an optimizer of `hesscale_fx.optim` clears both. Only what
+        `wrt` selects is written; with ``wrt="inputs"`` the arguments too. After ``hs.compile()`` it
+        runs the compiled graph.
+
+        Args:
+            *args: what a call would get: inputs, then targets.
+            **kwargs: the model's keyword arguments.
+
+        Returns:
+            The scalar loss.
+
+        Raises:
+            CallError: a gradient was cleared without its diagonal, or an argument of
+                ``wrt="inputs"`` is not a leaf.
+
+        Example:
+            >>> import torch, hesscale_fx
+            >>> from torch import nn
+            >>> net = nn.Linear(4, 3)
+            >>> hs = hesscale_fx.transform(net, nn.CrossEntropyLoss())
+            >>> loss = hs.backward(torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0]))
+            >>> net.weight.grad.shape, net.weight.hesscale.shape
+            (torch.Size([3, 4]), torch.Size([3, 4]))
+        """
+        out = self(*args, **kwargs)
+        program, tensors = self._find(args, kwargs)
+        names = [i.name for i in program.signature.inputs]
+        leaves = dict(zip(names, tensors, strict=True))
+        leaves.update((name, p) for name, (_, p) in self._build.names.items())
+        others = [*self.buffers(), *(t for t in tensors if isinstance(t, Tensor))]
+        accumulate(leaves, out.grads, out.hess_diag, others)
+        return out.loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad`` and ``.hesscale`` of the parameters."""
+        super().zero_grad(set_to_none)
+        clear(self.parameters(), set_to_none)
 
     # --- what is exact ---------------------------------------------------------------------------
 

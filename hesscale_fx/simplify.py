@@ -30,6 +30,7 @@ KEEP_ONE = {
     aten.clone.default, aten.reshape.default, aten._unsafe_view.default, aten.t.default,
     aten.alias.default, aten.squeeze.dims,
 }  # fmt: skip
+FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
 PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}
 # Backward kernels that are linear in their first operand.
 LINEAR_FIRST = {
@@ -159,12 +160,13 @@ def functional_overload(target: Any) -> Any:
 def written_to(graph: fx.Graph) -> set[fx.Node]:
     """Temporaries that are written into all the same, with what is a view of what is written.
 
-    Two of them that are equal when made must not become one: both writes would reach it.
+    Two of them that are equal when made must not become one: both writes would reach it. Buffers
+    are written after everything else.
     """
     found: set[fx.Node] = set()
     for node in graph.nodes:
         written: Any = node.args[0] if is_write(node) else None
-        while isinstance(written, fx.Node) and written not in found:
+        while isinstance(written, fx.Node) and written not in found and written.op != "get_attr":
             found.add(written)
             written = written.args[0] if is_view(written) and written.args else None
     return found
@@ -185,6 +187,8 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
         if node.op not in ("call_function", "get_attr"):
             continue
         replacement = fold(node, constants) if node in generated else None
+        if replacement is None and node in generated:
+            accumulate(graph, node)
         if replacement is None:
             keeps = written.isdisjoint([node, *node.all_input_nodes])
             replacement = merge(node, seen) if keeps and can_merge(node) else None
@@ -265,6 +269,24 @@ def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
     if isinstance(candidate, fx.Node) and same_type(candidate, node):
         return candidate
     return None
+
+
+def accumulate(graph: fx.Graph, node: fx.Node) -> None:
+    """``a + b @ c`` is one call, which adds while it multiplies."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return
+    for a, product in (node.args, node.args[::-1]):
+        if (
+            isinstance(a, fx.Node)
+            and isinstance(product, fx.Node)
+            and product.target in FUSED
+            and len(product.users) == 1
+            and same_type(a, node)
+            and same_type(product, node)
+        ):
+            node.target = FUSED[product.target]
+            node.args = (a, *product.args)
+            return
 
 
 def same_layout(node: fx.Node, first: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 
+from hesscale_fx.algebra import simplify_template
 from hesscale_fx.simplify import functionalize
 
 
@@ -92,6 +93,7 @@ def trace(
     # The outputs take part in what functionalizing replaces.
     ends = tracer.graph.output([n for n in nodes if n is not None])
     functionalize(tracer.graph)
+    simplify_template(tracer.graph, fake_mode)
     kept = iter(ends.args[0])
     results = [None if n is None else next(kept) for n in nodes]
     tracer.graph.erase_node(ends)

@@ -331,35 +331,42 @@ class Partition:
         changed = True
         while changed:
             changed = False
-            coupled: dict[fx.Node, set[int]] = {}  # first node of a group -> axes at its inputs
+            # First node of a group -> axes that it or what follows couples -> the groups that do.
+            couples: dict[fx.Node, dict[int, dict[fx.Node, None]]] = {}
             for group in reversed(groups.sets(topological=True)):
-                members = set(group)
-                consumers = {
-                    groups.set_of(u)[0]: None
-                    for n in group
-                    for u in self._users[n]
-                    if u in groups and u not in members
-                }
                 row = {a for n in group for a in reduced_axes(n, axes)}
-                spread = set(row)
-                outer = {a for n in group for a in axes.atoms(n)}
-                for n in group:
-                    for a in operands_of(n):
-                        if a in self._active and a not in members:
-                            spread |= outer - set(axes.atoms(a))
-                after: set[int] = set()
-                for head in consumers:
-                    meets = coupled[head]
-                    after |= meets
-                    pair = (group[0], head)
-                    if meets & spread and pair not in failed:
-                        if self._try(groups, [*group, *groups.set_of(head)]):
-                            changed = True
-                            break
-                        failed.add(pair)
+                after: dict[int, dict[fx.Node, None]] = {}
+                for head in self._consumers(group, groups):
+                    for axis, heads in couples[head].items():
+                        after.setdefault(axis, {}).update(heads)
+                spread = row | self._spread(group, axes)
+                met = {h: None for a in sorted(spread) for h in after.get(a, {})}
+                # The nearest first; those that lie further on may still join the larger group.
+                for head in sorted(met, key=self._order.__getitem__):
+                    if (group[0], head) in failed:
+                        continue
+                    if self._try(groups, [*group, *groups.set_of(head)]):
+                        changed = True
+                        break
+                    failed.add((group[0], head))
                 if changed:
                     break
-                coupled[group[0]] = row | after
+                couples[group[0]] = after
+                for axis in row:
+                    couples[group[0]].setdefault(axis, {})[group[0]] = None
+
+    def _consumers(self, group: list[fx.Node], groups: Groups) -> list[fx.Node]:
+        """The first nodes of the groups that use this one."""
+        members = set(group)
+        users = [u for n in group for u in self._users[n] if u in groups and u not in members]
+        return list(dict.fromkeys(groups.set_of(u)[0] for u in users))
+
+    def _spread(self, group: list[fx.Node], axes: Axes) -> set[int]:
+        """The axes along which an element of an input reaches several of the group."""
+        members = set(group)
+        outer = {a for n in group for a in axes.atoms(n)}
+        entering = {a for n in group for a in operands_of(n)} - members
+        return {x for a in entering if a in self._active for x in outer - set(axes.atoms(a))}
 
     def _region(self, nodes: list[fx.Node]) -> Region | None:
         """The region of `nodes`, or None if its axes have no common factors or no common row."""

@@ -77,14 +77,15 @@ def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 @defines(aten.softmax.int, aten._softmax.default)
 def softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     x = cast(x, dtype if isinstance(dtype, torch.dtype) else None)
-    e = (x - x.amax(dims_of(x, dim), keepdim=True)).exp()
+    # The maximum cancels, so no derivative passes it.
+    e = (x - x.detach().amax(dims_of(x, dim), keepdim=True)).exp()
     return e / total(e, dims_of(x, dim))
 
 
 @defines(aten.log_softmax.int, aten._log_softmax.default)
 def log_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     x = cast(x, dtype if isinstance(dtype, torch.dtype) else None)
-    z = x - x.amax(dims_of(x, dim), keepdim=True)
+    z = x - x.detach().amax(dims_of(x, dim), keepdim=True)
     return z - total(z.exp(), dims_of(x, dim)).log()
 
 
@@ -383,7 +384,8 @@ def attention(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query @ key.transpose(-2, -1)) * factor
+    # The queries are fewer than the scores.
+    scores = (query * factor) @ key.transpose(-2, -1)
     if is_causal:
         rows = torch.arange(query.shape[-2], device=query.device)
         columns = torch.arange(key.shape[-2], device=query.device)
@@ -393,7 +395,8 @@ def attention(
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         else:
             scores = scores + attn_mask
-    weights = safe_softmax(scores)
+    # Without a mask of the user's no row is masked whole.
+    weights = scores.softmax(-1) if attn_mask is None else safe_softmax(scores)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
     return weights @ value

@@ -1,0 +1,134 @@
+"""What a second-order step costs: the ratio to a plain gradient step of the same model.
+
+    python benchmarks/step.py [workload ...] [--rounds 30] [--no-compile]
+
+Calls are timed in turns, so that a busy machine hits all alike; the table shows the median of each
+call's time over that of loss and gradient, eager against eager and compiled against compiled, with
+quartiles of the ratio from round to round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import hesscale_fx
+
+from workloads import WORKLOADS, Workload
+
+
+@dataclass
+class Timing:
+    """Seconds of one call, round by round."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.seconds)
+
+
+def interleaved(calls: dict[str, Callable], rounds: int) -> dict[str, Timing]:
+    """Time every call once a round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(3):
+        for call in calls.values():
+            call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: Timing(seconds) for name, seconds in times.items()}
+
+
+def repeated(call: Callable, seconds: float = 0.02) -> Callable:
+    """The call so often that a measurement takes some time."""
+    for _ in range(3):
+        call()
+    start = time.perf_counter()
+    call()
+    count = max(1, int(seconds / (time.perf_counter() - start)))
+
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    several.count = count  # type: ignore[attr-defined]
+    return several
+
+
+def gradient_step(work: Workload, compiled: bool) -> Callable:
+    """Loss and gradient by autograd."""
+    parameters = list(work.model.parameters())
+
+    def loss() -> torch.Tensor:
+        return work.loss(work.model(*work.inputs), *work.targets)
+
+    run = torch.compile(loss) if compiled else loss
+    return lambda: torch.autograd.grad(run(), parameters)
+
+
+def measure(name: str, rounds: int, compiled: bool, method: str = "hesscale") -> str:
+    """One row of the table."""
+    torch.manual_seed(0)
+    work = WORKLOADS[name]()
+    start = time.perf_counter()
+    hs = hesscale_fx.transform(work.model, work.loss, work.args, method=method)
+    seconds = {"transform": time.perf_counter() - start}
+    calls = {"plain": gradient_step(work, False), "ours": lambda: hs(*work.args)}
+    if compiled:
+        torch._dynamo.reset()
+        fast = torch.compile(hs, fullgraph=True)
+        for key, call in (
+            ("plain compiled", gradient_step(work, True)),
+            ("ours compiled", lambda: fast(*work.args)),
+        ):
+            start = time.perf_counter()
+            call()
+            seconds[key] = time.perf_counter() - start
+            calls[key] = call
+    # Both of a pair equally often, so that the ratio of their times is that of one call.
+    several = repeated(calls["plain"]).count
+    many = {k: (lambda c=c: [c() for _ in range(several)]) for k, c in calls.items()}
+    found = interleaved(many, rounds)
+    eager = ratio(found["ours"], found["plain"])
+    both = ratio(found["ours compiled"], found["plain compiled"]) if compiled else "-"
+    million = sum(p.numel() for p in work.model.parameters()) / 1e6
+    times = ", ".join(f"{k} {1e3 * t.median / several:.3g}" for k, t in found.items())
+    builds = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
+    return f"| {name} | {million:.2f} | {eager} | {both} | {times} | {builds} |"
+
+
+def ratio(ours: Timing, plain: Timing) -> str:
+    """Median, and the quartiles of the rounds."""
+    each = sorted(a / b for a, b in zip(ours.seconds, plain.seconds, strict=True))
+    low, high = each[len(each) // 4], each[(3 * len(each)) // 4]
+    return f"{ours.median / plain.median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--method", default="hesscale")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
+    print("| workload | million parameters | eager | compiled | ms | seconds to build |")
+    print("|---|---|---|---|---|---|")
+    for name in options.workloads:
+        print(measure(name, options.rounds, not options.no_compile, options.method), flush=True)
+
+
+if __name__ == "__main__":
+    main()

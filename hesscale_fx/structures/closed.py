@@ -1,0 +1,255 @@
+"""Closed forms of the derived rule for the row operators that models are full of.
+
+They give what `region.RegionAt` derives from the operator's definition (a test compares them), with
+a handful of kernels: the operator's own results, which the forward has computed, stand for the row
+statistics. Only a unit that is exactly one such call uses them.
+
+Normalization ``y = w z + b``, ``z = (x - mean) r`` over rows of n entries, with a = s w^2, c = g w:
+
+    dz_k/dx_i = r (delta_ki - 1/n - z_k z_i / n)
+    (J o J)^T s = r^2 [a (1 - 2/n - 2 z^2/n) + (S(a) + 2 z S(a z) + z^2 S(a z^2)) / n^2]
+    curvature   = -r/n [2 z dL/dx + r S(c z) (1 - 1/n - z^2/n)],   S: sum over the row
+
+Softmax ``y = p`` with f = g, log-softmax with p = exp(y), J = I - 1 p^T:
+
+    softmax:      (J o J)^T s = p^2 (s (1 - 2 p) + S(s p^2)),  curvature = (1 - 2 p) dL/dx
+    log-softmax:  (J o J)^T s = s (1 - 2 p) + p^2 S(s),        curvature = (p^2 - p) S(g)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from hesscale_fx.structures.base import Call, Tensors, widen
+
+aten = torch.ops.aten
+
+CLOSED: dict[Any, Callable[[Call], Any]] = {}
+
+
+def closed_form(*ops: Any) -> Callable:
+    def register(rule: Callable[[Call], Any]) -> Callable[[Call], Any]:
+        CLOSED.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return register
+
+
+class ClosedForm:
+    """Evaluates one call of an operator; subclasses answer for the one output ``y``."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        args, kwargs = pytree.tree_unflatten([widen(v) for v in call.leaves], call.spec)
+        self.prepare(*args, **kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Compute what both answers use, from the operator's arguments."""
+
+    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
+        """``(J o J)^T s`` by position of the operand among the tensor arguments."""
+        raise NotImplementedError
+
+    def second(self, g: Tensor) -> dict[int, Tensor]:
+        """``sum_k g_k d2 y_k / dx^2``, likewise; what is left out is zero."""
+        raise NotImplementedError
+
+    def vjp(self, u: Tensors) -> list[Tensor | None]:
+        return self.call.vjp(u)
+
+    def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
+        return self._by_operand(None if s[0] is None else self.diagonal(widen(s[0])))
+
+    def curvature(self, g: Tensors) -> list[Tensor | None]:
+        return self._by_operand(None if g[0] is None else self.second(g[0]))
+
+    def _by_operand(self, found: dict[int, Tensor] | None) -> list[Tensor | None]:
+        tensors = [i for i, v in enumerate(self.call.leaves) if isinstance(v, Tensor)]
+        return [(found or {}).get(tensors.index(i)) for i in self.call.active]
+
+
+@closed_form(aten.softmax.int, aten._softmax.default)
+class Softmax(ClosedForm):
+    def prepare(self, x: Tensor, dim: int, dtype: Any = None) -> None:
+        self.dim = dim
+        self.p = torch.softmax(x, dim)
+
+    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
+        squared = self.p * self.p
+        weighted = squared * s
+        rest = squared * weighted.sum(self.dim, keepdim=True)
+        return {0: rest + weighted - 2 * (weighted * self.p)}
+
+    def second(self, g: Tensor) -> dict[int, Tensor]:
+        (slope,) = self.call.vjp([widen(g)], widen)
+        assert slope is not None
+        return {0: slope - 2 * (self.p * slope)}
+
+
+@closed_form(aten.log_softmax.int, aten._log_softmax.default)
+class LogSoftmax(ClosedForm):
+    def prepare(self, x: Tensor, dim: int, dtype: Any = None) -> None:
+        self.dim = dim
+        self.p = torch.log_softmax(x, dim).exp()
+
+    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
+        rest = self.p * self.p * s.sum(self.dim, keepdim=True)
+        return {0: rest + s - 2 * (s * self.p)}
+
+    def second(self, g: Tensor) -> dict[int, Tensor]:
+        return {0: (self.p * self.p - self.p) * widen(g).sum(self.dim, keepdim=True)}
+
+
+class Normalization(ClosedForm):
+    """`z`, `r` and `w` of a call, all broadcastable, and the dimensions of a row.
+
+    `shape`: that of x with rows visible, if it is not its own; `affine`: the dimensions that a
+    weight sums over.
+    """
+
+    shape: list[Any] | None = None
+    rows: list[int]
+    affine: list[int]
+    whole: Any  # the shape of x
+    parameters: Any  # the shape of weight and bias
+    z: Tensor
+    r: Tensor
+    w: Tensor | None
+
+    def _count(self) -> Any:
+        n: Any = 1
+        for d in self.rows:
+            n = n * self.z.shape[d]
+        return n
+
+    def _total(self, value: Tensor) -> Tensor:
+        return value.sum(self.rows, keepdim=True)
+
+    def _view(self, value: Tensor) -> Tensor:
+        return value if self.shape is None else value.reshape(self.shape)
+
+    def _parameter(self, value: Tensor) -> Tensor:
+        """Of the shape of the weight and bias, from that of z."""
+        assert self.w is not None
+        return value.sum(self.affine).reshape(self.parameters)
+
+    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
+        s = self._view(s)
+        n, z = self._count(), self.z
+        a = s if self.w is None else s * (self.w * self.w)
+        az = a * z
+        azz = az * z
+        outer = self._total(a) + z * (2 * self._total(az) + z * self._total(azz))
+        inner = (1 - 2 / n) * a - (2 / n) * azz + outer / (n * n)
+        found = {0: (inner * (self.r * self.r)).reshape(self.whole)}
+        if self.w is not None:
+            found[1], found[2] = self._parameter(s * (z * z)), self._parameter(s)
+        return found
+
+    def second(self, g: Tensor) -> dict[int, Tensor]:
+        n, z = self._count(), self.z
+        slope = self.call.vjp([widen(g)], widen)[self.call.active.index(0)]
+        assert slope is not None
+        c = self._view(widen(g))
+        c = c if self.w is None else c * self.w
+        total = self.r * self._total(c * z)
+        bend = 2 * (z * self._view(slope)) + total * ((1 - 1 / n) - z * z / n)
+        return {0: (bend * (self.r * (-1 / n))).reshape(self.whole)}
+
+    def curvature(self, g: Tensors) -> list[Tensor | None]:
+        if 0 not in self.call.active:
+            return [None] * len(self.call.active)
+        return super().curvature(g)
+
+
+def per_row(value: Tensor, shape: Any, rows: list[int]) -> Tensor:
+    """Row statistics, broadcastable to x."""
+    return value.reshape([1 if d in rows else size for d, size in enumerate(shape)])
+
+
+@closed_form(aten.layer_norm.default)
+class LayerNorm(Normalization):
+    def prepare(
+        self,
+        x: Tensor,
+        shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> None:
+        first = x.dim() - len(shape)
+        self.rows, self.affine = list(range(first, x.dim())), list(range(first))
+        self.whole, self.parameters = x.shape, shape
+        _, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
+        self.r, self.w = per_row(r, x.shape, self.rows), weight
+        self.z = (x - per_row(mean, x.shape, self.rows)) * self.r
+
+
+@closed_form(aten.group_norm.default)
+class GroupNorm(Normalization):
+    def prepare(
+        self,
+        x: Tensor,
+        groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enabled: bool = True,
+    ) -> None:
+        n, c = x.shape[:2]
+        self.whole, self.parameters = x.shape, [c]
+        self.shape = [n, groups, c // groups, *x.shape[2:]]
+        self.rows = list(range(2, len(self.shape)))
+        self.affine = [0, *range(3, len(self.shape))]
+        area: Any = 1
+        for size in x.shape[2:]:
+            area = area * size
+        x = x.contiguous()
+        _, mean, r = torch.native_group_norm(x, weight, bias, n, c, area, groups, eps)
+        self.r = per_row(r, self.shape, self.rows)
+        self.z = (self._view(x) - per_row(mean, self.shape, self.rows)) * self.r
+        ones = [1] * (len(self.shape) - 3)
+        self.w = None if weight is None else weight.reshape([1, groups, c // groups, *ones])
+
+
+class BatchNorm(Normalization):
+    """With the statistics of the batch; `results` are those of the operator."""
+
+    def _set(self, x: Tensor, weight: Tensor | None, results: Any) -> None:
+        self.whole, self.parameters = x.shape, [x.shape[1]]
+        self.rows = self.affine = [d for d in range(x.dim()) if d != 1]
+        self.r = per_row(results[2], x.shape, self.rows)
+        self.z = (x - per_row(results[1], x.shape, self.rows)) * self.r
+        self.w = None if weight is None else per_row(weight, x.shape, self.rows)
+
+
+@closed_form(aten._native_batch_norm_legit_functional.default)
+class BatchNormRunning(BatchNorm):
+    def prepare(self, x: Tensor, weight: Tensor | None, *rest: Any) -> None:
+        results = aten._native_batch_norm_legit_functional(x, weight, *rest)
+        self._set(x, weight, results)
+
+
+@closed_form(aten._native_batch_norm_legit.no_stats)
+class BatchNormPlain(BatchNorm):
+    def prepare(self, x: Tensor, weight: Tensor | None, *rest: Any) -> None:
+        self._set(x, weight, aten._native_batch_norm_legit.no_stats(x, weight, *rest))
+
+
+def closed_form_of(call: Call, inputs: int) -> ClosedForm | None:
+    """The rule of a call that is differentiated in `inputs` tensors, or None if it is derived."""
+    rule = CLOSED.get(call.op)
+    if rule is None or len(call.active) != inputs:
+        return None
+    x = call.leaves[0]
+    if any(isinstance(v, torch.dtype) and v != x.dtype for v in call.leaves):
+        return None  # it converts besides
+    if rule is BatchNormRunning and call.leaves[5] is not True:
+        return None  # in evaluation a batch norm is pointwise
+    return rule(call)

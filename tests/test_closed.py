@@ -1,0 +1,79 @@
+"""Closed forms and the algebra on templates give what the derived rule gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import nn
+
+import hesscale_fx
+from hesscale_fx import trace
+from hesscale_fx.structures import closed
+
+ROWS = {
+    "softmax": (lambda x: F.softmax(x, 1), []),
+    "log_softmax": (lambda x: F.log_softmax(x, -1), []),
+    "layer_norm": (lambda x, w, b: F.layer_norm(x, (6,), w, b), [(6,), (6,)]),
+    "layer_norm of two dimensions": (
+        lambda x, w, b: F.layer_norm(x.view(5, 2, 3), (2, 3), w, b),
+        [(2, 3), (2, 3)],
+    ),
+    "layer_norm without parameters": (lambda x: F.layer_norm(x, (6,)), []),
+    "group_norm": (lambda x, w, b: F.group_norm(x.view(5, 6, 1), 2, w, b), [(6,), (6,)]),
+    "group_norm without parameters": (lambda x: F.group_norm(x.view(5, 2, 3), 1), []),
+    "batch_norm": (
+        lambda x, w, b: F.batch_norm(x.view(5, 3, 2), None, None, w, b, training=True),
+        [(3,), (3,)],
+    ),
+    "batch_norm with running statistics": (nn.BatchNorm1d(6, affine=False), []),
+}
+
+
+class Net(nn.Module):
+    """A row operator between two linear layers, so that g and s are arbitrary."""
+
+    def __init__(self, row, shapes):
+        super().__init__()
+        self.row = row
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.affine = nn.ParameterList(nn.Parameter(torch.randn(s)) for s in shapes)
+
+    def forward(self, x):
+        y = self.row(self.first(x), *self.affine).reshape(-1, 6)
+        return self.last(torch.tanh(y)).square().sum()
+
+
+def diagonal(net, x):
+    return hesscale_fx.transform(net, None, (x,))(x).hess_diag
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_closed_form_equals_the_derived_rule(name, monkeypatch):
+    row, shapes = ROWS[name]
+    net, x = Net(row, shapes).double(), torch.randn(5, 4).double()
+    used = []
+    evaluate = closed.ClosedForm.squared_vjp
+    monkeypatch.setattr(
+        closed.ClosedForm, "squared_vjp", lambda rule, s: used.append(rule) or evaluate(rule, s)
+    )
+    got = diagonal(net, x)
+    assert used, "the closed form was not used"
+    monkeypatch.setattr(closed, "CLOSED", {})
+    assert_close(got, diagonal(net, x), 1e-12, "closed and derived")
+
+
+@pytest.mark.parametrize("name", ["by hand", *ROWS])
+def test_algebra_changes_no_value(name, monkeypatch):
+    def by_hand(x):
+        d = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 0.1)
+        e = (-d - (-d).amax(1, keepdim=True)).exp()
+        return torch.relu(e / e.sum(1, keepdim=True) - 0.1) * 2 - d / 3
+
+    row, shapes = ROWS.get(name, (by_hand, []))
+    net, x = Net(row, shapes).double(), torch.randn(5, 4).double()
+    monkeypatch.setattr(closed, "CLOSED", {})
+    shorter = hesscale_fx.transform(net, None, (x,))
+    monkeypatch.setattr(trace, "simplify_template", lambda graph, fake_mode: None)
+    longer = hesscale_fx.transform(net, None, (x,))
+    assert_close(shorter(x).hess_diag, longer(x).hess_diag, 1e-12, "with and without")
+    assert len(shorter.graph.nodes) < 0.9 * len(longer.graph.nodes)
