@@ -395,6 +395,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         raise CaptureError(explain(error, step)) from error
     graph = program.graph_module.graph
     refuse_control_flow(graph)
+    refuse_sparse(graph)
     ask_for_dense_gradients(graph)
     signature = program.graph_signature
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
@@ -436,6 +437,17 @@ def refuse_control_flow(graph: fx.Graph) -> None:
             f"No rule is known for control flow that stays in the graph: {names}.{lines}\nUnroll "
             "the loop in Python, take torch.where of both branches, or move it out of the model."
         )
+
+
+def refuse_sparse(graph: fx.Graph) -> None:
+    """Tensors whose layout has no strides."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise UnsupportedOperatorError(
+                f"{node.target} gives a tensor of layout {value.layout}; only dense tensors are "
+                "supported. Use to_dense() before the model."
+            )
 
 
 # Position of the argument that asks for a sparse gradient.
