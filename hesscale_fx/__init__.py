@@ -11,7 +11,7 @@ from hesscale_fx.module import HesScaleModule, Result
 from hesscale_fx.structures.custom import Rule, register
 
 if TYPE_CHECKING:
-    from hesscale_fx import optim
+    from hesscale_fx import inspect, optim
 
 __all__ = [
     "HesScaleError",
@@ -19,6 +19,7 @@ __all__ = [
     "Result",
     "Rule",
     "check",
+    "inspect",
     "optim",
     "output",
     "register",
@@ -27,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `optim` when it is first used."""
-    if name == "optim":
-        return import_module("hesscale_fx.optim")
+    """Import `inspect` and `optim` when they are first used."""
+    if name in ("inspect", "optim"):
+        return import_module(f"hesscale_fx.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -353,7 +353,7 @@ def is_curvature(node: fx.Node) -> bool:
 
 
 def is_plain(node: fx.Node) -> bool:
-    return is_tensor(node) and can_merge(node)
+    return is_tensor(node) and node.meta["val"].is_floating_point() and can_merge(node)
 
 
 def not_tensor(value: Any) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,10 +30,9 @@ from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import source_name
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
+from hesscale_fx.stages import Stages
 from hesscale_fx.structures import Structure
 from hesscale_fx.structures.columns import LARGE, Columns, Estimate
-
-log = logging.getLogger("hesscale_fx")
 
 # What serves a call whose operator has no structure.
 FALLBACKS: dict[str, Structure] = {"exact": Columns(limit=LARGE), "estimate": Estimate()}
@@ -217,18 +214,17 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
-        start = time.perf_counter()
+        stages = Stages()
         captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
-        log.info(
-            "captured %d nodes in %.2fs", len(captured.graph.nodes), time.perf_counter() - start
-        )
-        program = self.compile(captured)
+        stages.done("capture", f"{len(captured.graph.nodes)} nodes")
+        program = self.compile(captured, stages)
         if self.dynamic and not serves(program.signature, args, kwargs):
             # A batch of one is captured as two; a rule has fixed it since.
-            program = self.compile(capture(self.step, args, kwargs, dynamic=False))
+            program = self.compile(capture(self.step, args, kwargs, dynamic=False), stages)
+        stages.total()
         return program
 
-    def compile(self, captured: Captured) -> Program:
+    def compile(self, captured: Captured, stages: Stages) -> Program:
         """Analyse and emit."""
         outputs = self._outputs(captured)
         if self.method.needs_boundary and not captured.boundary:
@@ -241,6 +237,7 @@ class Builder:
             [leaf.node.meta["val"] for leaf in captured.leaves] or [captured.loss.meta["val"]]
         )
         primitives = write_out(captured.graph, fake_mode)
+        stages.done("definitions", f"{len(primitives.graph.nodes)} primitive nodes")
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
@@ -253,11 +250,14 @@ class Builder:
             inside if self.method.needs_boundary else None,
         )
         check_supported(partition, primitives.source, self.fallback)
+        stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
+        stages.done("exactness")
         emission = Emission(
             captured, primitives, partition.units, states, inside, self.method, fake_mode
         )
         graph = emission.run(outputs)
+        stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,

@@ -59,6 +59,7 @@ class Emission:
         self._captured = captured
         self._primitives = primitives
         self._units = units
+        self._number = {unit: i for i, unit in enumerate(units)}
         self._exactness = exactness
         self._inside = inside
         self._method = method
@@ -150,7 +151,7 @@ class Emission:
         def mark(node: fx.Node, role: str) -> None:
             exact = origin.exact or role == "grad"
             self._origin[node] = Origin(
-                origin.source, role or origin.role, origin.rule, exact=exact
+                origin.source, role or origin.role, origin.rule, exact=exact, region=origin.region
             )
 
         return inline(self._graph, self._templates[key], inputs, mark)
@@ -230,7 +231,7 @@ class Emission:
             (key, tuple(present), inside),
             run,
             inputs,
-            Origin(source, "grad", unit.structure, exact=exact),
+            Origin(source, "grad", unit.structure, exact=exact, region=self._number[unit]),
         )
         count = len(unit.inputs)
         flow = {role: found[k * count : (k + 1) * count] for k, role in enumerate(roles)}
@@ -261,7 +262,9 @@ class Emission:
     def _mark_result(self, node: fx.Node, slot: Slot, role: str, rule: str) -> None:
         """`node` is the value of a slot's tensor: name it after that tensor."""
         exact = role == "grad" or self._is_exact(slot)
-        self._origin[node] = Origin(self._primitives.source[slot[0]], role, rule, True, exact)
+        region = self._origin[node].region if node in self._origin else -1
+        source = self._primitives.source[slot[0]]
+        self._origin[node] = Origin(source, role, rule, True, exact, region)
 
     def _is_exact(self, slot: Slot) -> bool:
         return self._exactness.get(slot, State()).exact

@@ -48,7 +48,7 @@ class NotCapturedError(HesScaleError, RuntimeError):
 
 
 class MissingPackageError(HesScaleError, ImportError):
-    """An optional package is not installed."""
+    """An optional package or program is not installed."""
 
 
 NOT_OURS = ("/torch/", os.path.dirname(__file__))

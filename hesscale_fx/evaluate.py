@@ -97,7 +97,8 @@ class Native:
                 source = self._primitives.source[node]
                 if not whole[source]:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                    local[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+                    local[node] = result.detach() if node in region.cancelled else result
                 elif source not in done:
                     done.add(source)
                     local.update(self._call(source, value))

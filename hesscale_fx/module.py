@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,7 +21,11 @@ from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import Signature
+from hesscale_fx.stages import log
 from hesscale_fx.verify import graph_loss, model_loss, verify
+
+if TYPE_CHECKING:
+    from hesscale_fx.inspect import Difference, Summary
 
 
 class Result(NamedTuple):
@@ -230,7 +234,7 @@ class HesScaleModule(fx.GraphModule):
                     return program, tensors
         if not self._lazy and reason is not None:
             raise reason
-        return self._capture(args, kwargs)
+        return self._capture(args, kwargs, reason)
 
     def _serves(
         self, program: Program, args: tuple, kwargs: Mapping[str, Any], state: State
@@ -245,7 +249,11 @@ class HesScaleModule(fx.GraphModule):
         return program.signature.mismatch(tensors), tensors
 
     @torch.compiler.disable
-    def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
+    def _capture(
+        self, args: tuple, kwargs: Mapping[str, Any], reason: Exception | None = None
+    ) -> tuple[Program, list[Any]]:
+        if reason is not None:
+            log.info("capturing again: %s", reason)
         program = self._build(args, kwargs)
         self._programs[id(program)] = program
         while len(self._programs) > self.max_programs:
@@ -272,14 +280,22 @@ class HesScaleModule(fx.GraphModule):
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
         with torch.no_grad(), without_autocast():
-            if torch.compiler.is_compiling() or not program.asserts:
+            if torch.compiler.is_compiling():
                 return Result(*program.function(self, *tensors))  # type: ignore[misc]
-            return self._run_asserting(program, tensors)
+            function = program.function
+            if torch.autograd.profiler._is_profiler_enabled:
+                from hesscale_fx.inspect.profiling import named
 
-    def _run_asserting(self, program: Program, tensors: list[Any]) -> Result:
+                function = named(program.graph)
+            assert function is not None
+            if not program.asserts:
+                return Result(*function(self, *tensors))
+            return self._run_asserting(function, tensors)
+
+    def _run_asserting(self, function: Callable, tensors: list[Any]) -> Result:
         """Run a graph that asserts the decisions it has fixed."""
         try:
-            return Result(*program.function(self, *tensors))  # type: ignore[misc]
+            return Result(*function(self, *tensors))
         except RuntimeError as error:
             if MESSAGE not in str(error):
                 raise
@@ -351,6 +367,18 @@ class HesScaleModule(fx.GraphModule):
             (True, False)
         """
         return self._program().report
+
+    def summary(self, *args: Any, depth: int | None = None, **kwargs: Any) -> Summary:
+        """Per module parameters, FLOPs, exactness, memory; see `hesscale_fx.inspect.summary`."""
+        from hesscale_fx.inspect.summary import summary
+
+        return summary(self, *args, depth=depth, **kwargs)
+
+    def diff(self, other: HesScaleModule) -> Difference:
+        """What differs in the graph of another; see `hesscale_fx.inspect.diff`."""
+        from hesscale_fx.inspect.difference import diff
+
+        return diff(self, other)
 
     def verify(self, *args: Any, samples: int = 64, seed: int = 0, **kwargs: Any) -> Verification:
         """Measure the error of the diagonals on your own data.

@@ -19,6 +19,7 @@ class Origin:
     rule: str = ""
     is_result: bool = False  # the value of the source itself, not a step on the way
     exact: bool = True
+    region: int = -1  # number of the unit whose rule made it; -1: none
 
 
 def module_path(node: fx.Node) -> str:
@@ -74,6 +75,8 @@ def annotate(graph: fx.Graph, origin: Mapping[fx.Node, Origin]) -> None:
                 node.meta.pop(key, None)
         mark = {
             "source": source_name(source),
+            "node": source.name,
+            "region": found.region,
             "role": ROLE.get(found.role, found.role),
             "rule": found.rule,
             "exact": found.exact,

@@ -31,6 +31,11 @@ KEEP_ONE = {
     aten.alias.default, aten.squeeze.dims,
 }  # fmt: skip
 FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
+# Their second argument is a dimension or several.
+DIMS_SECOND = {
+    aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default,
+    aten._softmax.default, aten._log_softmax.default,
+}  # fmt: skip
 PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default}
 # Backward kernels that are linear in their first operand.
 LINEAR_FIRST = {
@@ -202,9 +207,11 @@ def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
     """Sizes one by one, which torch.compile knows."""
     (x,) = node.args
     product: Any = 1
+    value: Any = 1
     with graph.inserting_before(node):
         for dim, size in enumerate(x.meta["val"].shape):  # type: ignore[union-attr]
             factor: Any = size
+            value = value * size
             if not isinstance(size, int):
                 factor = graph.call_function(aten.sym_size.int, (x, dim))
                 factor.meta["val"] = size
@@ -214,8 +221,7 @@ def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
                 product = factor
             else:
                 product = graph.call_function(operator.mul, (product, factor))
-    if isinstance(product, fx.Node):
-        product.meta["val"] = node.meta["val"]
+                product.meta["val"] = value
     node.replace_all_uses_with(product)
     graph.erase_node(node)
 
@@ -309,10 +315,20 @@ def can_merge(node: fx.Node) -> bool:
 
 def merge(node: fx.Node, seen: dict[Any, fx.Node]) -> fx.Node | None:
     """An earlier node with the same call; else remember this one."""
-    key: Any = (node.op, node.target, freeze(node.args), freeze(node.kwargs))
+    args = from_the_front(node) if node.target in DIMS_SECOND else node.args
+    key: Any = (node.op, node.target, freeze(args), freeze(node.kwargs))
     if node.target is aten.sym_size.int:
         key = ("size", str(node.meta["val"]))  # the same symbol, whatever tensor it is read from
     return seen.setdefault(key, node)
+
+
+def from_the_front(node: fx.Node) -> tuple:
+    """The arguments with dimensions counted from the front, so that -1 and 1 may be the same."""
+    x, dims, *rest = node.args
+    rank = x.meta["val"].dim() if isinstance(x, fx.Node) else 0
+    if not rank or not isinstance(dims, (int, list, tuple)):
+        return node.args
+    return (x, dims % rank if isinstance(dims, int) else [d % rank for d in dims], *rest)
 
 
 def freeze(value: Any) -> Any:

@@ -28,6 +28,7 @@ from torch import fx
 
 from hesscale_fx import structures
 from hesscale_fx.analysis.axes import Axes, AxesError
+from hesscale_fx.analysis.cancel import find_cancelled
 from hesscale_fx.structures import Structure, table
 from hesscale_fx.structures.region import Region, reduction
 
@@ -238,6 +239,7 @@ class Partition:
         if unit is None:
             unit = self._known[key] = Unit(group, inputs, [], self._region(group))
             if unit.region is not None:
+                unit.region.cancelled = find_cancelled(unit.region)
                 unit.region.outputs = unit.outputs  # one list: what other units use
         unit.levels.append(level)
         for node in group:

@@ -49,6 +49,8 @@ class Region:
     order: list[int]  # all atomic axes
     row: set[int]  # the axes that the reductions sum over
     sizes: dict[int, int]  # of the axes whose size is a constant
+    # Reductions that cancel: no output changes with them (the maximum in a softmax).
+    cancelled: set[fx.Node] = field(default_factory=set)
 
     name: str = field(default="", init=False)
 
@@ -198,7 +200,9 @@ class RegionAt:
     def _depends(self, inputs: list[fx.Node]) -> set[fx.Node]:
         reached = set(inputs)
         for node in self.region.nodes:
-            if any(a in reached for a in node.all_input_nodes) and not is_constant(node):
+            if node in self.region.cancelled or is_constant(node):
+                continue
+            if any(a in reached for a in node.all_input_nodes):
                 reached.add(node)
         return reached
 
@@ -226,24 +230,42 @@ class RegionAt:
         return self._diagonal(entries)
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
-        weights: list[tuple[Function, Tensor]] = []
-        for node, value in zip(self.region.outputs, g, strict=True):
-            weight = self._canonical_of(node, value)
-            if weight is not None:
-                weights.append((self._linearized(node, True), weight))
-        for node in reversed(self._reductions):
-            adjoint = None
-            for f, weight in weights:
-                term = mul(self._first(f, node), weight)
-                adjoint = add(adjoint, self._layout.sum(term, self._absent(node)))
-            if adjoint is not None and node in self._active:
-                weights.append((self._linearized(node, False), adjoint))
+        weights = self._weights(g)
 
         def entries(u: fx.Node, v: fx.Node) -> list[Tensor]:
             found = [mul(self._second(f, u, v), weight) for f, weight in weights]
             return [t for t in found if t is not None]
 
         return self._diagonal(entries)
+
+    def _weights(self, g: Tensors) -> list[tuple[Function, Tensor]]:
+        """The functions of Lambda, each with its g or its adjoint."""
+        weights: list[tuple[Function, Tensor]] = []
+        for node, value in zip(self.region.outputs, g, strict=True):
+            weight = self._canonical_of(node, value)
+            if weight is not None:
+                weights.append((self._linearized(node, True), weight))
+        for node in reversed(self._reductions):
+            terms = self._adjoint_terms(node, weights)
+            if terms and node in self._active:
+                adjoint = self._total(terms, self._absent(node))
+                assert adjoint is not None
+                weights.append((self._linearized(node, False), adjoint))
+        return weights
+
+    def _adjoint_terms(self, node: fx.Node, weights: list[tuple[Function, Tensor]]) -> list[Tensor]:
+        """What sums to dL/dr of a reduction, given the weights of all that follows it."""
+        terms = [mul(self._first(f, node), weight) for f, weight in weights]
+        return [t for t in terms if t is not None]
+
+    def cancels(self, node: fx.Node, g: Tensors, tolerance: float) -> bool:
+        """Whether dL/dr of a reduction is zero here, though terms of it are not."""
+        weights = self._weights(g)
+        own = [i for i, (f, _) in enumerate(weights) if f.node is node and not f.is_output]
+        terms = self._adjoint_terms(node, weights[: own[0]] if own else weights)
+        total = self._total(terms, self._absent(node))
+        largest = max((t.abs().max().item() for t in terms), default=0.0)
+        return total is None or bool(total.abs().max() <= tolerance * largest)
 
     def _diagonal(self, entries: Callable[[fx.Node, fx.Node], list[Tensor]]) -> list[Tensor | None]:
         """The diagonal for each input, given the elementwise second derivatives P(u, v)."""

@@ -1,0 +1,81 @@
+"""Find reductions on whose value nothing depends: the maximum that a stable softmax subtracts.
+
+Their derivative cancels, but only after every term of it was computed. Whether it does is decided
+by evaluating it at random points: a region of analytic functions (no kinks between the reduction
+and the outputs) whose derivative is zero at one random point is zero everywhere, but for a set of
+measure zero. The axes are given a few entries each, so this costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hesscale_fx.structures import table
+from hesscale_fx.structures.region import Region, RegionAt
+
+aten = torch.ops.aten
+
+PEAKS = {aten.amax.default, aten.amin.default, aten.max.default, aten.min.default}
+ANALYTIC = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
+    aten.rsub.Scalar, aten.exp.default, aten.log.default, aten.reciprocal.default,
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.tanh.default,
+    aten.sigmoid.default,
+}  # fmt: skip
+TOLERANCE = 1e-12
+ENTRIES = 3  # of every axis
+
+
+def find_cancelled(region: Region) -> set[fx.Node]:
+    """The maxima and minima of a region whose derivative is zero."""
+    found: set[fx.Node] = set()
+    for node in region.nodes:
+        if is_choice(node) and is_analytic_below(node, region) and cancels(node, region):
+            found.add(node)
+    return found
+
+
+def is_choice(node: fx.Node) -> bool:
+    """Whether a reduction picks one entry of each row."""
+    if node.target in PEAKS:
+        return True
+    source: Any = node.args[0] if node.target in table.REDUCTIONS else None
+    return source is not None and source.target is aten.where.self
+
+
+def is_analytic_below(node: fx.Node, region: Region) -> bool:
+    below = {node}
+    for other in region.nodes:
+        if other not in below and any(a in below for a in other.all_input_nodes):
+            if other.target not in ANALYTIC | table.VIEWS | table.IDENTITIES:
+                return False
+            below.add(other)
+    return True
+
+
+def cancels(node: fx.Node, region: Region) -> bool:
+    """Whether the derivative with respect to `node` vanishes at two random points."""
+    small = dataclasses.replace(region, sizes=dict.fromkeys(region.order, ENTRIES))
+    generator = torch.Generator().manual_seed(0)
+
+    def shape(n: fx.Node) -> list[int]:
+        return [ENTRIES ** len(d) for d in region.dims[n]]
+
+    def draw(n: fx.Node) -> Any:
+        value = n.meta.get("val")
+        if not isinstance(value, Tensor):
+            return ENTRIES
+        drawn = torch.rand(shape(n), generator=generator, dtype=torch.float64)
+        return drawn + 0.5 if value.is_floating_point() else (drawn > 0.5).to(value.dtype)
+
+    for _ in range(2):
+        values: dict[fx.Node, Any] = {}
+        at = RegionAt(small, lambda n: values.setdefault(n, draw(n)), lambda inputs: [])  # noqa: B023
+        g = [torch.randn(shape(n), generator=generator, dtype=torch.float64) for n in small.outputs]
+        if not at.cancels(node, g, TOLERANCE):
+            return False
+    return True
