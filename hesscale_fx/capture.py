@@ -29,6 +29,7 @@ from torch._guards import detect_fake_mode
 
 from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
+from hesscale_fx.checkpoints import seen_through
 from hesscale_fx.decisions import MESSAGE, Decision, Reads, check_asserted
 from hesscale_fx.errors import (
     CaptureError,
@@ -36,6 +37,7 @@ from hesscale_fx.errors import (
     InvalidArgumentError,
     InvalidModelError,
     Refusal,
+    UnsupportedOperatorError,
     source_line,
 )
 from hesscale_fx.signature import TENSOR
@@ -415,7 +417,14 @@ def export(
     replaying = reads.replaying(fixed, symbolic=True) if reads is not None else nullcontext()
     try:
         # On failure export prints its partial graph to stderr.
-        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole(), replaying:
+        with (
+            quiet(),
+            redirect_stderr(io.StringIO()),
+            grad_modes(),
+            captured_whole(),
+            seen_through(),
+            replaying,
+        ):
             program = torch.export.export(module, tuple(tensors), **options)
     except HesScaleError:
         raise
@@ -528,9 +537,15 @@ def positional_names(function: Callable, count: int, default: str) -> list[str]:
 def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     """Decompose an exported program to the pinned level and read off its signature."""
     detach_no_grad(program.graph_module)
-    with quiet(), no_autocast():
-        program = program.run_decompositions(decompositions())
+    try:
+        with quiet(), no_autocast():
+            program = program.run_decompositions(decompositions())
+    except Exception as error:
+        raise CaptureError(explain(error, step)) from error
     graph = program.graph_module.graph
+    refuse_control_flow(graph)
+    refuse_sparse(graph)
+    ask_for_dense_gradients(graph)
     signature = program.graph_signature
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
@@ -560,6 +575,47 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         guards=guards_of(leaves),
         position=kinds.index("USER_OUTPUT"),
     )
+
+
+def refuse_control_flow(graph: fx.Graph) -> None:
+    """torch.cond, scan, while_loop, map: their bodies are graphs of their own."""
+    found = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
+    if found:
+        names = ", ".join(dict.fromkeys(f"torch.ops.higher_order.{n.target}" for n in found))
+        where = (line for line in map(source_line, found) if line and not line.startswith("<"))
+        lines = "".join(f"\n  at {line}" for line in where)
+        raise UnsupportedOperatorError(
+            f"No rule is known for control flow that stays in the graph: {names}.{lines}\nUnroll "
+            "the loop in Python, take torch.where of both branches, or move it out of the model."
+        )
+
+
+def refuse_sparse(graph: fx.Graph) -> None:
+    """Tensors whose layout has no strides."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise UnsupportedOperatorError(
+                f"{node.target} gives a tensor of layout {value.layout}; only dense tensors are "
+                "supported. Use to_dense() before the model."
+            )
+
+
+# Position of the argument that asks for a sparse gradient.
+SPARSE = {
+    aten.embedding.default: 4, aten.embedding_bag.default: 5, aten.embedding_bag.padding_idx: 5,
+    aten._embedding_bag.default: 5,
+}  # fmt: skip
+
+
+def ask_for_dense_gradients(graph: fx.Graph) -> None:
+    """Gradients and diagonals are dense, also where an embedding asks for sparse ones."""
+    for node in graph.nodes:
+        position = SPARSE.get(node.target)
+        if position is not None and len(node.args) > position:
+            node.update_arg(position, False)
+        if position is not None and "sparse" in node.kwargs:
+            node.update_kwarg("sparse", False)
 
 
 def detach_no_grad(module: fx.GraphModule) -> None:
@@ -692,7 +748,8 @@ def drop_whole_slices(graph: fx.Graph) -> None:
     """``x[:]`` is x; export writes one for every ``:`` next to a None or an index."""
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor:
-            start, end, step = (list(node.args[2:]) + [None, None, 1][len(node.args) - 2 :])[:3]
+            given = list(node.args[2:])
+            start, end, step = given + [None, None, 1][len(given) :]
             if start in (None, 0) and end in (None, sys.maxsize) and step == 1:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
