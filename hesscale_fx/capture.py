@@ -40,8 +40,10 @@ from hesscale_fx.errors import (
     UnsupportedOperatorError,
     source_line,
 )
+from hesscale_fx.inlining import write_in
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
+from hesscale_fx.structures import definitions
 from hesscale_fx.structures.ctc import captured_whole
 
 aten = torch.ops.aten
@@ -540,6 +542,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     try:
         with quiet(), no_autocast():
             program = program.run_decompositions(decompositions())
+            write_repeated(program.graph_module.graph)
     except Exception as error:
         raise CaptureError(explain(error, step)) from error
     graph = program.graph_module.graph
@@ -776,4 +779,16 @@ def decompositions() -> dict[Any, Callable]:
     """PyTorch's decompositions, without those of operators that have a structure here."""
     table = {op: f for op, f in _core_table().items() if not structures.is_known(op)}
     table.update(structures.definitions_for_capture())
+    for op in definitions.REPEATED:
+        table.pop(op, None)
     return table
+
+
+def write_repeated(graph: fx.Graph) -> None:
+    """Write out the operators of which one definition serves many equal layers."""
+    written = structures.definitions_for_capture()
+    repeated = {op: written[op] for op in definitions.REPEATED if op in written}
+    values = [n.meta["val"] for n in graph.nodes if n.target in repeated]
+    if values:
+        with no_autocast():
+            write_in(graph, repeated, detect_fake_mode(values))

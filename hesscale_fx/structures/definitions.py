@@ -19,6 +19,8 @@ DEFINITIONS: dict[Any, Callable[..., Any]] = {}
 # Definitions that replace the operator at capture: they contain contractions or selections, which
 # a region does not.
 AT_CAPTURE: dict[Any, Callable[..., Any]] = {}
+# Of those, the ones that models repeat so often that they are written in after the others.
+REPEATED = {aten.scaled_dot_product_attention.default}
 # Their definition reads other outputs of the call (a drawn mask), passed as the keyword `saved`.
 READS_OUTPUTS: set[Any] = set()
 # Their definition holds for some calls only; asked with the call's arguments.
@@ -398,7 +400,7 @@ def attention(
     # Without a mask of the user's no row is masked whole.
     weights = scores.softmax(-1) if attn_mask is None else safe_softmax(scores)
     if dropout_p > 0:
-        weights = torch.dropout(weights, dropout_p, True)
+        weights = aten.native_dropout(weights, dropout_p, True)[0]
     return batched_product(weights, value)
 
 
