@@ -1,18 +1,28 @@
-"""What the documentation shows runs: the examples of docstrings and the README."""
+"""What the documentation shows runs: docstrings, the README and the pages of docs/."""
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
+import importlib.util
+import io
 import pkgutil
 import re
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 import hesscale_fx
 
 README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
 MODULES = [m.name for m in pkgutil.walk_packages(hesscale_fx.__path__, "hesscale_fx.")]
 
 
@@ -34,15 +44,101 @@ def test_what_users_extend_with_has_examples() -> None:
         assert examples(f"hesscale_fx.{name}")
 
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+FENCED = re.compile(
+    r"^(?P<needs><!-- needs: \w+ -->\n)?```python\n(?P<source>.*?)^```$"
+    r"(?:\s*^```text\n(?P<output>.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
 
+
+@dataclass
+class Block:
+    """A block of Python on a page, and what the page shows below it."""
+
+    page: Path
+    line: int
+    source: str
+    output: str | None
+    needs: str | None  # a package without which it is not run
+
+    def run(self, scope: dict[str, Any]) -> str:
+        # Tracebacks and reports name the line on the page.
+        code = compile("\n" * (self.line - 1) + self.source, str(self.page), "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, scope)
+        return printed.getvalue()
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            page,
+            text.count("\n", 0, found.start("source")) + 1,
+            found["source"],
+            found["output"],
+            found["needs"] and found["needs"].split()[2],
+        )
+        for found in FENCED.finditer(text)
+    ]
+
+
+BLOCKS = {page: blocks_of(page) for page in [README, *sorted(DOCS.glob("*.md"))]}
 
 # torch.func.hessian, the first time it runs.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{len(b)} characters")
-def test_blocks_of_the_readme(block: str) -> None:
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+torchscript = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)
 
 
-def test_the_readme_has_blocks() -> None:
-    assert len(BLOCKS) >= 3
+@torchscript
+@pytest.mark.parametrize("block", BLOCKS[README], ids=lambda b: f"line {b.line}")
+def test_blocks_of_the_readme(block: Block) -> None:
+    """Each stands alone."""
+    block.run({"__name__": "readme"})
+
+
+@torchscript
+@pytest.mark.parametrize("page", [p for p, b in BLOCKS.items() if b and p != README], ids=lambda p: p.name)
+def test_blocks_of_a_page(page: Path, monkeypatch, tmp_path) -> None:
+    """They follow each other, and print what the page shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, page.stem, module := ModuleType(page.stem))
+    torch.manual_seed(0)
+    for block in BLOCKS[page]:
+        if block.needs and importlib.util.find_spec(block.needs) is None:
+            continue
+        printed = block.run(module.__dict__)
+        if block.output is not None:
+            flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            same = doctest.OutputChecker().check_output(block.output, printed, flags)
+            assert same, f"{page.name}, line {block.line}, prints\n{printed}"
+
+
+def test_every_fence_of_python_is_found() -> None:
+    for page, blocks in BLOCKS.items():
+        assert page.read_text(encoding="utf-8").count("```python") == len(blocks), page
+    assert len(BLOCKS[README]) >= 3
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: (\S+)", page, re.MULTILINE))
+    for package in (hesscale_fx, hesscale_fx.inspect, hesscale_fx.optim):
+        names = {
+            f"{package.__name__}.{n}"
+            for n in package.__all__
+            if not isinstance(getattr(package, n), ModuleType)
+        }
+        assert names <= shown, names - shown
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path) -> None:
+    """Strictly: every link and every name of the reference resolves."""
+    pytest.importorskip("mkdocs", reason="needs the extra docs: make docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert 'id="hesscale_fx.transform"' in page
