@@ -10,7 +10,7 @@ TEST   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-adapters models operators demo lint format hooks clean distclean
+.PHONY: help env test test-all test-adapters models operators demo docs lint format hooks clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,7 +33,7 @@ test-all: $(READY)  ## run all tests
 
 test-adapters: $(READY)  ## run the tests against laplace-torch, which this installs with all it needs
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[adapters]'
-	$(TEST) tests/test_adapters.py $(ARGS)
+	$(TEST) tests/test_adapters.py tests/test_docs.py $(ARGS)
 
 demo: $(READY)  ## train on handwritten digits with Hessian diagonals; ARGS="--epochs 3 --seed 1"
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -44,6 +44,10 @@ models: $(READY)  ## measure real models and write docs/models.md; ARGS="--only 
 
 operators: $(READY)  ## every operator of PyTorch's database; writes docs/operators.md (10 minutes)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/operators.py --table docs/operators.md $(ARGS)
+
+docs: $(READY)  ## build the documentation into site/
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .
@@ -59,7 +63,7 @@ hooks: $(READY)  ## check every commit before it is made
 	$(BIN)/pre-commit install
 
 clean:  ## remove what runs have left behind, but keep the environment
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis ./*.egg-info
 	find hesscale_fx tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environment too

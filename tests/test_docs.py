@@ -103,7 +103,8 @@ def test_blocks_of_the_readme(block: Block) -> None:
 def test_blocks_of_a_page(page: Path, monkeypatch, tmp_path) -> None:
     """They follow each other, and print what the page shows."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, page.stem, module := ModuleType(page.stem))
+    name = f"page_{page.stem}"  # not that of a package
+    monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
     torch.manual_seed(0)
     for block in BLOCKS[page]:
         if block.needs and importlib.util.find_spec(block.needs) is None:
