@@ -30,8 +30,10 @@ from hesscale_fx.names import source_name
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 from hesscale_fx.stages import Stages
+from hesscale_fx.structures.contraction import contracting_in
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+CURVATURE_DTYPES = (None, torch.bfloat16, torch.float32)
 
 
 def transform(
@@ -43,6 +45,7 @@ def transform(
     method: str = "hesscale",
     wrt: Wrt = None,
     dynamic: bool = True,
+    curvature_dtype: torch.dtype | None = None,
 ) -> HesScaleModule:
     """Give a module that returns loss, gradients and Hessian diagonals in one graph.
 
@@ -67,6 +70,9 @@ def transform(
             (``"*.weight"``), a predicate on (name, parameter), or ``"inputs"`` for the
             floating-point inputs; a list mixes them. By default all parameters that require grad.
         dynamic: leave the leading dimension of the inputs free where the model allows it.
+        curvature_dtype: ``torch.bfloat16`` contracts curvature (matrix products, convolutions) in
+            bfloat16, added up in float32: about 0.3% median error, and faster where the hardware
+            has such products (avx512_bf16, AMX, GPUs). Gradients and all else stay as they are.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
@@ -91,7 +97,7 @@ def transform(
         >>> hess_diag["0.weight"].shape
         torch.Size([8, 4])
     """
-    builder = Builder(model, loss, method, wrt, dynamic)
+    builder = Builder(model, loss, method, wrt, dynamic, curvature_dtype)
     hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InvalidArgumentError(
@@ -109,7 +115,13 @@ class Builder:
     """Everything `transform` was asked for; a call builds the program for given arguments."""
 
     def __init__(
-        self, model: Any, loss: Callable | None, method: str, wrt: Wrt, dynamic: bool
+        self,
+        model: Any,
+        loss: Callable | None,
+        method: str,
+        wrt: Wrt,
+        dynamic: bool,
+        curvature_dtype: torch.dtype | None = None,
     ) -> None:
         if method not in METHODS:
             raise InvalidArgumentError(
@@ -117,11 +129,17 @@ class Builder:
             )
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
+        if curvature_dtype not in CURVATURE_DTYPES:
+            raise InvalidArgumentError(
+                f"curvature_dtype must be torch.bfloat16, torch.float32 or None, not "
+                f"{curvature_dtype!r}. (Squares leave the range of float16.)"
+            )
         self.model, self.prefix = as_module(model)
         self.loss = loss
         self.method: Method = METHODS[method]
         self.wrt = wrt
         self.dynamic = dynamic
+        self.curvature_dtype = curvature_dtype
         self.step = Step(self.model, loss)
         self._built = 0
         self.names = self._parameter_names()
@@ -230,7 +248,8 @@ class Builder:
         emission = Emission(
             captured, primitives, partition.units, states, inside, self.method, fake_mode
         )
-        graph = emission.run(outputs)
+        with contracting_in(self.curvature_dtype):
+            graph = emission.run(outputs)
         stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
