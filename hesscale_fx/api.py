@@ -24,6 +24,7 @@ from hesscale_fx.errors import (
     UnsupportedOperatorError,
     source_line,
 )
+from hesscale_fx.every import Schedule
 from hesscale_fx.methods import METHODS, Method
 from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import source_name
@@ -46,6 +47,7 @@ def transform(
     wrt: Wrt = None,
     dynamic: bool = True,
     curvature_dtype: torch.dtype | None = None,
+    every: int = 1,
 ) -> HesScaleModule:
     """Give a module that returns loss, gradients and Hessian diagonals in one graph.
 
@@ -98,7 +100,14 @@ def transform(
         torch.Size([8, 4])
     """
     builder = Builder(model, loss, method, wrt, dynamic, curvature_dtype)
-    hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
+    schedule = Schedule(every)
+    hs = HesScaleModule(
+        builder.model,
+        builder.step.loss,
+        builder,
+        lazy=example_inputs is None,
+        schedule=schedule if every > 1 else None,
+    )
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InvalidArgumentError(
             f"example_inputs must be the tuple of arguments that hs will be called with, not "

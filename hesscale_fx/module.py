@@ -19,6 +19,7 @@ from hesscale_fx.analysis.units import Unit
 from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
+from hesscale_fx.every import Schedule, without_curvature
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import Signature
 from hesscale_fx.stages import log
@@ -35,7 +36,8 @@ class Result(NamedTuple):
         loss: the scalar loss.
         grads: parameter name -> gradient, of the parameter's shape and dtype.
         hess_diag: parameter name -> Hessian diagonal, of the parameter's shape; in float32 for
-            parameters of lower precision. Its unit is that of loss / parameter^2.
+            parameters of lower precision. Its unit is that of loss / parameter^2. Empty in the
+            calls between, where `transform` was asked for curvature at ``every`` k-th call only.
     """
 
     loss: Tensor
@@ -91,6 +93,8 @@ class Program:
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
+    between: Callable | None = None  # without curvature
+    between_graph: fx.Graph | None = None
 
     def __deepcopy__(self, memo: dict) -> Program:
         return Program(
@@ -105,6 +109,8 @@ class Program:
             self.function,
             self.asserts,
             self.code,
+            self.between,
+            self.between_graph,
         )
 
 
@@ -126,12 +132,14 @@ class HesScaleModule(fx.GraphModule):
         loss: nn.Module | None,
         build: Any,  # makes the program for given arguments
         lazy: bool,
+        schedule: Schedule | None = None,  # None: every call computes curvature
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), "HesScaleModule")
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_loss_module", loss)
         self._build = build
         self._lazy = lazy
+        self._schedule = schedule
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._active: Program | None = None
         self._compile_later: tuple[tuple, dict[str, Any]] | None = None
@@ -180,17 +188,24 @@ class HesScaleModule(fx.GraphModule):
         if program is None:
             return None
         self.__dict__["_graph"] = program.graph
-        program.graph.owning_module = self
-        code = program.graph.python_code(root_module="self")
-        scope = dict(code.globals)
-        source = compile(code.src, f"<hesscale_fx graph {id(program)}>", "exec")
-        exec(source, scope)
+        code, program.function = self._function_of(program.graph, program)
         program.code = code.src
-        program.function = scope["forward"]
         program.asserts = any(
             n.target == torch.ops.aten._assert_async.msg for n in program.graph.nodes
         )
+        if self._schedule is not None:
+            program.between_graph = without_curvature(program.graph)
+            _, program.between = self._function_of(program.between_graph, program)
         return code
+
+    def _function_of(self, graph: fx.Graph, program: Program) -> tuple[Any, Callable]:
+        """The Python code of a graph, and the function that it defines."""
+        graph.owning_module = self
+        code = graph.python_code(root_module="self")
+        scope = dict(code.globals)
+        label = f"<hesscale_fx graph {id(program)}{'' if graph is program.graph else ' between'}>"
+        exec(compile(code.src, label, "exec"), scope)
+        return code, scope["forward"]
 
     def _program(self) -> Program:
         active = self._active
@@ -272,22 +287,43 @@ class HesScaleModule(fx.GraphModule):
 
     # --- call -----------------------------------------------------------------------------------
 
+    @property
+    def calls(self) -> int:
+        """How many calls there were, which says when curvature is due; may be set.
+
+        With ``every=k`` a call computes curvature where this is a multiple of k. Set it to resume
+        training at some step, or to 0 for curvature at the next call. Always 0 without ``every``.
+        """
+        return 0 if self._schedule is None else self._schedule.calls
+
+    @calls.setter
+    def calls(self, count: int) -> None:
+        if self._schedule is not None:
+            self._schedule.calls = count
+
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         """Loss, gradients and Hessian diagonals at these arguments."""
-        return nn.Module.__call__(self, *args, **kwargs)
+        if self._schedule is None or torch.compiler.is_compiling():
+            return nn.Module.__call__(self, *args, **kwargs)
+        self._schedule.begin()
+        result = nn.Module.__call__(self, *args, **kwargs)
+        self._schedule.calls += 1  # a call that fails is none
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Result:
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
+        function, graph = program.function, program.graph
+        if self._schedule is not None and not self._schedule.due():
+            function, graph = program.between, program.between_graph  # type: ignore[assignment]
+        assert function is not None
         with torch.no_grad(), without_autocast():
             if torch.compiler.is_compiling():
-                return Result(*program.function(self, *tensors))  # type: ignore[misc]
-            function = program.function
+                return Result(*function(self, *tensors))
             if torch.autograd.profiler._is_profiler_enabled:
                 from hesscale_fx.inspect.profiling import named
 
-                function = named(program.graph)
-            assert function is not None
+                function = named(graph)
             if not program.asserts:
                 return Result(*function(self, *tensors))
             return self._run_asserting(function, tensors)
@@ -339,7 +375,7 @@ class HesScaleModule(fx.GraphModule):
         leaves = dict(zip(names, tensors, strict=True))
         leaves.update((name, p) for name, (_, p) in self._build.names.items())
         others = [*self.buffers(), *(t for t in tensors if isinstance(t, Tensor))]
-        accumulate(leaves, out.grads, out.hess_diag, others)
+        accumulate(leaves, out.grads, out.hess_diag, others, self._schedule is not None)
         return out.loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -401,7 +437,7 @@ class HesScaleModule(fx.GraphModule):
         state = torch.get_rng_state()
         step, names = self._build.step, self._build.names
         before = {name: b.clone() for name, b in step.named_buffers()}
-        out = self(*args, **kwargs)
+        out = self.forward(*args, **kwargs)  # computes curvature whatever the schedule
         with torch.no_grad():
             for name, buffer in step.named_buffers():
                 buffer.copy_(before[name])
@@ -463,7 +499,8 @@ class HesScaleModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict) -> HesScaleModule:
         build = copy.deepcopy(self._build, memo)
         model, loss = copy.deepcopy((self._model, self._loss_module), memo)
-        other = HesScaleModule(model, loss, build, self._lazy)
+        schedule = copy.copy(self._schedule)
+        other = HesScaleModule(model, loss, build, self._lazy, schedule)
         for program in self._programs.values():
             twin = copy.deepcopy(program)
             other._programs[id(twin)] = twin
@@ -475,14 +512,20 @@ class HesScaleModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         """Pickle what the graphs were made of; they are made again when loaded."""
         examples = [program.signature.example() for program in self._programs.values()]
-        return rebuild, (self._build, self._model, self._loss_module, self._lazy, examples)
+        parts = (self._build, self._model, self._loss_module, self._lazy)
+        return rebuild, (*parts, examples, self._schedule)
 
 
 def rebuild(
-    build: Callable, model: nn.Module, loss: nn.Module | None, lazy: bool, examples: list
+    build: Callable,
+    model: nn.Module,
+    loss: nn.Module | None,
+    lazy: bool,
+    examples: list,
+    schedule: Schedule | None = None,
 ) -> HesScaleModule:
     """A module that captures again at zeros of the shapes that were captured before."""
-    hs = HesScaleModule(model, loss, build, lazy)
+    hs = HesScaleModule(model, loss, build, lazy, schedule)
     for args, kwargs in examples:
         hs._capture(args, kwargs)
     return hs
