@@ -75,6 +75,9 @@ def transform(
         curvature_dtype: ``torch.bfloat16`` contracts curvature (matrix products, convolutions) in
             bfloat16, added up in float32: about 0.3% median error, and faster where the hardware
             has such products (avx512_bf16, AMX, GPUs). Gradients and all else stay as they are.
+        every: compute curvature at the first call and each `every`-th after it (``hs.calls``
+            counts). The calls in between run the graph of the loss and its gradients alone and
+            return an empty ``hess_diag``: an old diagonal is never passed off as a new one.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
@@ -106,7 +109,7 @@ def transform(
         builder.step.loss,
         builder,
         lazy=example_inputs is None,
-        schedule=schedule if every > 1 else None,
+        schedule=schedule if schedule.every > 1 else None,
     )
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InvalidArgumentError(
