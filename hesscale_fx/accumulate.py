@@ -58,6 +58,18 @@ def accumulate(
             leaf.hesscale = _sum(hesscale(leaf), hess_diag[name], taken)  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def add_curvature(leaf: Tensor, diag: Tensor) -> None:
+    """Add to ``leaf.hesscale`` while autograd, which adds to ``leaf.grad``, runs backward."""
+    task = torch._C._current_graph_task_id()
+    before = hesscale(leaf)
+    # Within one backward pass the gradients may arrive later than the diagonals.
+    if before is not None and getattr(before, "_hesscale_task", None) != task:
+        _check("a parameter", leaf)
+    leaf.hesscale = _sum(before, diag, set())  # type: ignore[attr-defined]
+    leaf.hesscale._hesscale_task = task  # type: ignore[attr-defined]
+
+
 def _check(name: str, leaf: Tensor) -> None:
     if not leaf.is_leaf:
         raise CallError(
