@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext
 
 from hesscale_fx.accumulate import accumulate, clear
 from hesscale_fx.analysis.primitives import Primitives
@@ -114,6 +115,21 @@ class Program:
         )
 
 
+class Checked(fx.graph.CodeGen):
+    """Refuses arguments that a graph does not serve where fx interprets it."""
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__()
+        self._signature = signature
+
+    def process_inputs(self, *args: Any) -> Any:
+        """See `fx.graph.CodeGen`."""
+        reason = self._signature.mismatch(list(args))
+        if reason is not None:
+            raise reason
+        return args
+
+
 class HesScaleModule(fx.GraphModule):
     """A GraphModule that returns loss, gradients and Hessian diagonals; see `transform`.
 
@@ -142,7 +158,7 @@ class HesScaleModule(fx.GraphModule):
         self._schedule = schedule
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._active: Program | None = None
-        self._compile_later: tuple[tuple, dict[str, Any]] | None = None
+        self._lineno_map = self._prologue_start = None  # Dynamo reads them
         self._link()
 
     def _link(self) -> None:
@@ -167,6 +183,10 @@ class HesScaleModule(fx.GraphModule):
         """The emitted graph."""
         if "_active" not in self.__dict__:  # GraphModule's own constructor asks
             return self.__dict__["_graph"]
+        if torch.compiler.is_exporting():
+            return self._exported_graph()
+        if self._active is None and TracingContext.try_get() is not None:
+            return self.__dict__["_graph"]  # Dynamo asks every GraphModule that it sees
         return self._program().graph
 
     @graph.setter
@@ -176,6 +196,19 @@ class HesScaleModule(fx.GraphModule):
             return
         self._program().graph = graph
         self.recompile()
+
+    def _exported_graph(self) -> fx.Graph:
+        """What torch.export runs in place of a call: it takes the graph of any GraphModule."""
+        program = self._program()
+        if program.state.modes != State.of(self._model).modes:
+            raise NotCapturedError(
+                "The graph was captured with the model in another train/eval mode. Call "
+                "hs.materialize(*inputs, *targets) before torch.export, or transform again."
+            )
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(program.graph, {}))
+        graph.set_codegen(Checked(program.signature))
+        return graph
 
     @property
     def code(self) -> str:
@@ -247,7 +280,7 @@ class HesScaleModule(fx.GraphModule):
                     self._programs.move_to_end(key)
                     self._activate(program)
                     return program, tensors
-        if not self._lazy and reason is not None:
+        if reason is not None and not self._lazy:
             raise reason
         return self._capture(args, kwargs, reason)
 
@@ -263,7 +296,10 @@ class HesScaleModule(fx.GraphModule):
             return reason, []
         return program.signature.mismatch(tensors), tensors
 
-    @torch.compiler.disable
+    @torch.compiler.disable(
+        reason="a HesScaleModule captures its graph at the first call of a kind; inside another "
+        "compiled function call hs.materialize(*inputs, *targets) before"
+    )
     def _capture(
         self, args: tuple, kwargs: Mapping[str, Any], reason: Exception | None = None
     ) -> tuple[Program, list[Any]]:
@@ -276,10 +312,6 @@ class HesScaleModule(fx.GraphModule):
         self._link()
         self._activate(program)
         self.recompile()
-        if self._compile_later is not None:
-            args_, kwargs_ = self._compile_later
-            self._compile_later = None
-            super().compile(*args_, **kwargs_)
         return program, program.signature.flatten(args, kwargs)
 
     def _activate(self, program: Program) -> None:
@@ -303,12 +335,33 @@ class HesScaleModule(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         """Loss, gradients and Hessian diagonals at these arguments."""
-        if self._schedule is None or torch.compiler.is_compiling():
+        if self._schedule is None and self._compiled_call_impl is None:
+            return nn.Module.__call__(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return nn.Module.__call__(self, *args, **kwargs)
+        if self._compiled_call_impl is not None:
+            self._ready(args, kwargs)
+        if self._schedule is None:
             return nn.Module.__call__(self, *args, **kwargs)
         self._schedule.begin()
         result = nn.Module.__call__(self, *args, **kwargs)
         self._schedule.calls += 1  # a call that fails is none
         return result
+
+    def _ready(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Capture, before the compiler's own tracing begins, what the call needs."""
+        if self._lazy or self._active is None:
+            self._find(args, kwargs)
+
+    # `torch.compile(hs)` asks modules with these two, as torch's lazy modules have them, to make
+    # themselves ready before each call.
+    _initialize_hook = True
+
+    def _infer_parameters(self, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._ready(args, kwargs)
+        if self._schedule is not None:
+            self._schedule.begin()
+            self._schedule.calls += 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Result:
         """See `__call__`."""
@@ -458,13 +511,6 @@ class HesScaleModule(fx.GraphModule):
             return verify(losses, state, chosen, out.hess_diag, samples, seed)
         finally:
             torch.set_rng_state(state)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile calls with `torch.compile`; before the first capture, from then on."""
-        if self._active is None:
-            self._compile_later = (args, kwargs)
-        else:
-            super().compile(*args, **kwargs)
 
     # --- what a module does ---------------------------------------------------------------------
 
