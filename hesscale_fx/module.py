@@ -22,7 +22,7 @@ from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.every import Schedule, without_curvature
 from hesscale_fx.report import Report, Verification
-from hesscale_fx.signature import Signature
+from hesscale_fx.signature import RETRANSFORM, Signature
 from hesscale_fx.stages import log
 from hesscale_fx.verify import graph_loss, model_loss, verify
 
@@ -80,6 +80,26 @@ class State:
 
 
 @dataclass
+class RandomState:
+    """Of the default generators, to run again with the same draws."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@dataclass(eq=False)
 class Program:
     """One captured and emitted graph."""
 
@@ -128,6 +148,19 @@ class Checked(fx.graph.CodeGen):
         if reason is not None:
             raise reason
         return args
+
+
+def callable_of(program: Program, due: bool) -> Callable:
+    """What runs the graph, or that without curvature; under a profiler every node has its name."""
+    function, graph = program.function, program.graph
+    if not due:
+        function, graph = program.between, program.between_graph  # type: ignore[assignment]
+    if torch.autograd.profiler._is_profiler_enabled:
+        from hesscale_fx.inspect.profiling import named
+
+        function = named(graph)
+    assert function is not None
+    return function
 
 
 class HesScaleModule(fx.GraphModule):
@@ -224,7 +257,8 @@ class HesScaleModule(fx.GraphModule):
         code, program.function = self._function_of(program.graph, program)
         program.code = code.src
         program.asserts = any(
-            n.target == torch.ops.aten._assert_async.msg for n in program.graph.nodes
+            n.target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
+            for n in program.graph.nodes
         )
         if self._schedule is not None:
             program.between_graph = without_curvature(program.graph)
@@ -366,33 +400,50 @@ class HesScaleModule(fx.GraphModule):
     def forward(self, *args: Any, **kwargs: Any) -> Result:
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
-        function, graph = program.function, program.graph
-        if self._schedule is not None and not self._schedule.due():
-            function, graph = program.between, program.between_graph  # type: ignore[assignment]
-        assert function is not None
+        due = self._schedule is None or self._schedule.due()
         with torch.no_grad(), without_autocast():
             if torch.compiler.is_compiling():
-                return Result(*function(self, *tensors))
-            if torch.autograd.profiler._is_profiler_enabled:
-                from hesscale_fx.inspect.profiling import named
-
-                function = named(graph)
+                function = program.function if due else program.between
+                return Result(*function(self, *tensors))  # type: ignore[misc]
             if not program.asserts:
-                return Result(*function(self, *tensors))
-            return self._run_asserting(function, tensors)
+                return Result(*callable_of(program, due)(self, *tensors))
+            return self._run_asserting(program, due, tensors, args, kwargs)
 
-    def _run_asserting(self, function: Callable, tensors: list[Any]) -> Result:
-        """Run a graph that asserts the decisions it has fixed."""
-        try:
-            return Result(*function(self, *tensors))
-        except RuntimeError as error:
-            if MESSAGE not in str(error):
-                raise
-            raise CallError(
-                "A check of tensor values inside torch (of a loss or a distribution) comes out "
-                f"otherwise in this call than at capture, where {str(error).split(': ')[-1]}: the "
-                "arguments are invalid, or the model must be transformed again with such ones."
-            ) from None
+    def _run_asserting(
+        self,
+        program: Program,
+        due: bool,
+        tensors: list[Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+    ) -> Result:
+        """Run a graph that asserts what it has fixed; where that does not hold, another one."""
+        state = State.of(self._model)
+        tried: list[Program] = []
+        captured = False
+        while True:
+            random = RandomState.now()
+            try:
+                return Result(*callable_of(program, due)(self, *tensors))
+            except RuntimeError as error:
+                if MESSAGE not in str(error):
+                    raise
+                fixed = str(error).split(f"{MESSAGE}: ")[-1].splitlines()[0]
+            random.restore()
+            tried.append(program)
+            others = [p for p in reversed(self._programs.values()) if p not in tried]
+            serving = [p for p in others if self._serves(p, args, kwargs, state)[0] is None]
+            if serving:
+                program = serving[0]
+                self._activate(program)
+            elif self._lazy and not captured:
+                with torch.enable_grad():
+                    program, tensors = self._capture(args, kwargs)
+                captured = True
+            else:
+                raise CallError(
+                    f"What the capture fixed does not hold in this call: {fixed}. " + RETRANSFORM
+                )
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute as a call does, and add the result to ``p.grad`` and ``p.hesscale``.

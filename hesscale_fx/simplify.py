@@ -299,7 +299,8 @@ def same_layout(node: fx.Node, first: fx.Node) -> bool:
     if node.target is aten.sum.dim_IntList:
         dims: Any = node.args[1]
         value = first.meta["val"]
-        return all(isinstance(value.shape[d], int) and value.shape[d] == 1 for d in dims)
+        sizes = [value.shape[d] for d in dims] if value.dim() else []
+        return all(isinstance(size, int) and size == 1 for size in sizes)
     return same_type(node, first)
 
 

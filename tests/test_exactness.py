@@ -545,7 +545,7 @@ def test_table():
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
     report = hesscale_fx.transform(net, F.cross_entropy, (x, y)).report()
     lines = str(report).splitlines()
-    assert lines[0] == "Hessian: 2 of 6 diagonals are exact"
+    assert lines[0] == "Hessian: 2 of 6 diagonals are exact; captured by torch.export"
     assert lines[1].split("  ")[0] == "parameter" and "diagonal" in lines[1]
     rows = {line.split()[0]: line.split()[1] for line in lines[3:]}
     assert rows == {n: report[n].status for n in report}

@@ -1382,6 +1382,7 @@ def _gru_layer(x, h, w):
     return torch.gru(x, h[None], w, True, 1, 0.0, False, False, True)[0][:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "spellings"),
     [
