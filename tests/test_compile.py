@@ -103,7 +103,7 @@ def test_every_compiled_from_outside():
     assert (hs.calls, backend.graphs) == (7, 2)
 
 
-@pytest.mark.parametrize("first", [1, 3, 64])
+@pytest.mark.parametrize("first", [1, pytest.param(3, marks=pytest.mark.slow), 64])
 def test_at_most_two_recompilations_over_batches(first):
     hs = hesscale_fx.transform(network(), LOSS)
     backend = Counting()
