@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -181,6 +181,12 @@ def test_modes_of_the_compiler(mode):
             net[0].weight.mul_(1.5)
 
 
+def processor_seconds():
+    """Of this process and of the C++ compilers that it has waited for."""
+    spent = os.times()
+    return spent.user + spent.children_user
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_compiles_within_two_and_a_half_times_the_gradient():
@@ -191,15 +197,15 @@ def test_compiles_within_two_and_a_half_times_the_gradient():
     seconds = {}
     for kind in ("warm up", "plain", "ours"):
         torch._dynamo.reset()
-        start = time.time()
-        with fresh_cache():
+        start = processor_seconds()
+        with fresh_cache(), torch._inductor.config.patch(compile_threads=1):
             if kind == "ours":
                 torch.compile(hs, fullgraph=True)(*args)
             else:
                 loss = torch.compile(lambda x, y: nn.functional.mse_loss(net(x), y))
                 torch.autograd.grad(loss(*args), parameters)
-        seconds[kind] = time.time() - start
-    assert seconds["ours"] < 2.5 * seconds["plain"]
+        seconds[kind] = processor_seconds() - start
+    assert seconds["ours"] < 2.5 * seconds["plain"], seconds
 
 
 ELSEWHERE = """
