@@ -286,7 +286,13 @@ def conservative(net, loss, draw, hs, suspects, generator):
     return suspects
 
 
-@pytest.mark.parametrize("seed", range(NETWORKS))
+def some(values, every):
+    """Every so many by default, all of them under `-m slow`."""
+    for i, value in enumerate(values):
+        yield pytest.param(value, marks=() if i % every == 0 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("seed", some(range(NETWORKS), 3))
 def test_random_network_is_sound(seed):
     net, loss, draw = random_network(seed)
     if not list(net.parameters()):
@@ -334,7 +340,7 @@ BROAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize("name", some(cases(), 2))
 def test_every_model_is_sound(name):
     made = build(name, torch.float64)
     try:
