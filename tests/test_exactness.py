@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import relative_error, some
 from models import CASES, GPT
 from test_models import build
 from torch import nn
@@ -286,13 +286,7 @@ def conservative(net, loss, draw, hs, suspects, generator):
     return suspects
 
 
-def some(values, every):
-    """Every so many by default, all of them under `-m slow`."""
-    for i, value in enumerate(values):
-        yield pytest.param(value, marks=() if i % every == 0 else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("seed", some(range(NETWORKS), 3))
+@pytest.mark.parametrize("seed", list(some(range(NETWORKS), 3)))
 def test_random_network_is_sound(seed):
     net, loss, draw = random_network(seed)
     if not list(net.parameters()):
@@ -340,7 +334,7 @@ BROAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", some(cases(), 2))
+@pytest.mark.parametrize("name", list(cases()))
 def test_every_model_is_sound(name):
     made = build(name, torch.float64)
     try:
