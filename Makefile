@@ -10,7 +10,8 @@ TEST   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-adapters models operators demo docs lint format hooks clean distclean
+.PHONY: help env test test-all test-adapters models operators bench bench-scaling demo docs lint \
+	format hooks clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +35,14 @@ test-all: $(READY)  ## run all tests
 test-adapters: $(READY)  ## run the tests against laplace-torch, which this installs with all it needs
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[adapters]'
 	$(TEST) tests/test_adapters.py tests/test_docs.py $(ARGS)
+
+bench: $(READY)  ## time steps against the gradient's and other diagonals; ARGS="cnn gpt" selects
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/step.py --others $(ARGS)
+
+bench-scaling: $(READY)  ## the ratio over model and batch sizes; ARGS="--plot ratio.svg" draws it
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/scaling.py $(ARGS)
 
 demo: $(READY)  ## train on handwritten digits with Hessian diagonals; ARGS="--epochs 3 --seed 1"
 	$(BIN)/python examples/digits.py $(ARGS)

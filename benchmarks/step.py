@@ -1,10 +1,13 @@
 """What a second-order step costs: the ratio to a plain gradient step of the same model.
 
-    python benchmarks/step.py [workload ...] [--rounds 30] [--no-compile]
+    python benchmarks/step.py [workload ...] [--rounds 30] [--no-compile] [--others]
 
 Calls are timed in turns, so that a busy machine hits all alike; the table shows the median of each
 call's time over that of loss and gradient, eager against eager and compiled against compiled, with
-quartiles of the ratio from round to round.
+quartiles of the ratio from round to round. Memory is the peak of an eager call over the gradient's;
+the parameters count once in both, and the diagonal that is returned is allowed for. With --others
+what else gives a diagonal runs in the same rounds: BackPACK where it knows the layers, and
+Hutchinson's estimator by double backward.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import hesscale_fx
 
+from memory import ratio as memory_ratio
+from others import others
 from workloads import WORKLOADS, Workload
 
 
@@ -76,14 +82,23 @@ def gradient_step(work: Workload, compiled: bool) -> Callable:
     return lambda: torch.autograd.grad(run(), parameters)
 
 
-def measure(name: str, rounds: int, compiled: bool, method: str = "hesscale") -> str:
-    """One row of the table."""
+def measure(
+    name: str,
+    rounds: int,
+    compiled: bool,
+    compare: bool = False,
+    **options: Any,
+) -> str:
+    """One row of the table; `options` are those of `hesscale_fx.transform`."""
     torch.manual_seed(0)
     work = WORKLOADS[name]()
     start = time.perf_counter()
-    hs = hesscale_fx.transform(work.model, work.loss, work.args, method=method)
+    hs = hesscale_fx.transform(work.model, work.loss, work.args, **options)
     seconds = {"transform": time.perf_counter() - start}
     calls = {"plain": gradient_step(work, False), "ours": lambda: hs(*work.args)}
+    memory = memory_ratio(calls["ours"], calls["plain"], list(work.model.parameters()))
+    if compare:
+        calls |= others(work)
     if compiled:
         torch._dynamo.reset()
         fast = torch.compile(hs, fullgraph=True)
@@ -104,7 +119,10 @@ def measure(name: str, rounds: int, compiled: bool, method: str = "hesscale") ->
     million = sum(p.numel() for p in work.model.parameters()) / 1e6
     times = ", ".join(f"{k} {1e3 * t.median / several:.3g}" for k, t in found.items())
     builds = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
-    return f"| {name} | {million:.2f} | {eager} | {both} | {times} | {builds} |"
+    row = f"| {name} | {million:.2f} | {eager} | {both} | {memory:.2f} | {times} | {builds} |"
+    known = {"plain", "ours", "plain compiled", "ours compiled"}
+    beside = [f"{k} {ratio(t, found['plain'])}" for k, t in found.items() if k not in known]
+    return "\n".join([row, *(f"  {line}" for line in beside)])
 
 
 def ratio(ours: Timing, plain: Timing) -> str:
@@ -117,17 +135,23 @@ def ratio(ours: Timing, plain: Timing) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("workloads", nargs="*", help=", ".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--others", action="store_true", help="BackPACK and Hutchinson beside")
     parser.add_argument("--method", default="hesscale")
+    parser.add_argument("--bfloat16", action="store_true", help="curvature_dtype=torch.bfloat16")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    made = {"method": options.method}
+    if options.bfloat16:
+        made["curvature_dtype"] = torch.bfloat16
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    print("| workload | million parameters | eager | compiled | ms | seconds to build |")
-    print("|---|---|---|---|---|---|")
-    for name in options.workloads:
-        print(measure(name, options.rounds, not options.no_compile, options.method), flush=True)
+    print("| workload | million parameters | eager | compiled | memory | ms | seconds to build |")
+    print("|---|---|---|---|---|---|---|")
+    for name in options.workloads or WORKLOADS:
+        row = measure(name, options.rounds, not options.no_compile, options.others, **made)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

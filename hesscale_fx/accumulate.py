@@ -31,25 +31,43 @@ def accumulate(
     grads: Mapping[str, Tensor],
     hess_diag: Mapping[str, Tensor],
     others: Iterable[Tensor],
+    scheduled: bool = False,
 ) -> None:
     """Add a result to ``.grad`` and ``.hesscale`` of the tensors that it belongs to.
 
     Args:
         leaves: name -> tensor; may have more names than the result.
         grads: name -> gradient.
-        hess_diag: name -> Hessian diagonal, the same names.
+        hess_diag: name -> Hessian diagonal, the same names; or nothing at all.
         others: tensors whose memory a result may be a view of, e.g. the arguments of the call.
+        scheduled: some results come without diagonals, and must not be added to those with.
 
     Raises:
-        CallError: a tensor is not a leaf, or its gradient was cleared and its diagonal was not.
+        CallError: a tensor is not a leaf, its gradient was cleared and its diagonal was not, or
+            what there is has a diagonal and the result has none, or the other way round.
     """
     for name in grads:
         _check(name, leaves[name])
+        if scheduled:
+            _check_alike(name, leaves[name], name in hess_diag)
     taken = {t.untyped_storage().data_ptr() for t in [*leaves.values(), *others]}
     for name, grad in grads.items():
         leaf = leaves[name]
         leaf.grad = _sum(leaf.grad, grad, taken)
-        leaf.hesscale = _sum(hesscale(leaf), hess_diag[name], taken)  # type: ignore[attr-defined]
+        if name in hess_diag:
+            leaf.hesscale = _sum(hesscale(leaf), hess_diag[name], taken)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def add_curvature(leaf: Tensor, diag: Tensor) -> None:
+    """Add to ``leaf.hesscale`` while autograd, which adds to ``leaf.grad``, runs backward."""
+    task = torch._C._current_graph_task_id()
+    before = hesscale(leaf)
+    # Within one backward pass the gradients may arrive later than the diagonals.
+    if before is not None and getattr(before, "_hesscale_task", None) != task:
+        _check("a parameter", leaf)
+    leaf.hesscale = _sum(before, diag, set())  # type: ignore[attr-defined]
+    leaf.hesscale._hesscale_task = task  # type: ignore[attr-defined]
 
 
 def _check(name: str, leaf: Tensor) -> None:
@@ -63,6 +81,17 @@ def _check(name: str, leaf: Tensor) -> None:
             f"The .grad of {name!r} was cleared, but its .hesscale was not, so the diagonal would "
             "add up over steps. Clear both with hs.zero_grad(), or with zero_grad() of an "
             "optimizer of hesscale_fx.optim."
+        )
+
+
+def _check_alike(name: str, leaf: Tensor, has_curvature: bool) -> None:
+    """A sum of gradients with the diagonals of some of them only would be a wrong number."""
+    if leaf.grad is not None and has_curvature != (hesscale(leaf) is not None):
+        have, lack = (".grad alone", "has") if has_curvature else (".grad and .hesscale", "lacks")
+        raise CallError(
+            f"{name!r} holds {have} of earlier calls, and this one {lack} a diagonal (every=...), "
+            "so the sums would not be of the same calls. Clear both between steps; to accumulate "
+            "over the calls of one step, set hs.calls to the step's number before each of them."
         )
 
 

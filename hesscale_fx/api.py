@@ -30,6 +30,7 @@ from hesscale_fx.errors import (
     UnsupportedOperatorError,
     source_line,
 )
+from hesscale_fx.every import Schedule
 from hesscale_fx.methods import METHODS, Method
 from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import source_name
@@ -38,6 +39,7 @@ from hesscale_fx.signature import Input, Signature
 from hesscale_fx.stages import Stages, log
 from hesscale_fx.structures import Structure
 from hesscale_fx.structures.columns import LARGE, Columns, Estimate
+from hesscale_fx.structures.contraction import contracting_in
 
 # What serves a call whose operator has no structure.
 FALLBACKS: dict[str, Structure] = {"exact": Columns(limit=LARGE), "estimate": Estimate()}
@@ -46,6 +48,7 @@ SYMBOLIC = "symbolic sizes/strides"  # in torch's words for what a formula of it
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+CURVATURE_DTYPES = (None, torch.bfloat16, torch.float32)
 
 
 def transform(
@@ -58,6 +61,8 @@ def transform(
     wrt: Wrt = None,
     dynamic: bool = True,
     fallback: str | None = None,
+    curvature_dtype: torch.dtype | None = None,
+    every: int = 1,
 ) -> HesScaleModule:
     """Give a module that returns loss, gradients and Hessian diagonals in one graph.
 
@@ -86,6 +91,12 @@ def transform(
             ``"exact"``, the columns of its Jacobian, one backward pass for each element of its
             output and of its operand, for small ones; or ``"estimate"``, unbiased by random signs
             that are drawn in each call, at any size.
+        curvature_dtype: ``torch.bfloat16`` contracts curvature (matrix products, convolutions) in
+            bfloat16, added up in float32: about 0.3% median error, and faster where the hardware
+            has such products (avx512_bf16, AMX, GPUs). Gradients and all else stay as they are.
+        every: compute curvature at the first call and each `every`-th after it (``hs.calls``
+            counts). The calls in between run the graph of the loss and its gradients alone and
+            return an empty ``hess_diag``: an old diagonal is never passed off as a new one.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
@@ -110,8 +121,15 @@ def transform(
         >>> hess_diag["0.weight"].shape
         torch.Size([8, 4])
     """
-    builder = Builder(model, loss, method, wrt, dynamic, fallback)
-    hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
+    builder = Builder(model, loss, method, wrt, dynamic, fallback, curvature_dtype)
+    schedule = Schedule(every)
+    hs = HesScaleModule(
+        builder.model,
+        builder.step.loss,
+        builder,
+        lazy=example_inputs is None,
+        schedule=schedule if schedule.every > 1 else None,
+    )
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InvalidArgumentError(
             f"example_inputs must be the tuple of arguments that hs will be called with, not "
@@ -135,6 +153,7 @@ class Builder:
         wrt: Wrt,
         dynamic: bool,
         fallback: str | None = None,
+        curvature_dtype: torch.dtype | None = None,
     ) -> None:
         if fallback is not None and fallback not in FALLBACKS:
             raise InvalidArgumentError(
@@ -147,12 +166,18 @@ class Builder:
             )
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
+        if curvature_dtype not in CURVATURE_DTYPES:
+            raise InvalidArgumentError(
+                f"curvature_dtype must be torch.bfloat16, torch.float32 or None, not "
+                f"{curvature_dtype!r}. (Squares leave the range of float16.)"
+            )
         self.model, self.prefix = as_module(model)
         self.loss = loss
         self.method: Method = METHODS[method]
         self.wrt = wrt
         self.dynamic = dynamic
         self.fallback = fallback
+        self.curvature_dtype = curvature_dtype
         self.step = Step(self.model, loss)
         self._built = 0
         self.names = self._parameter_names()
@@ -272,7 +297,8 @@ class Builder:
         emission = Emission(
             captured, primitives, partition.units, states, inside, self.method, fake_mode
         )
-        graph = emission.run(outputs)
+        with contracting_in(self.curvature_dtype):
+            graph = emission.run(outputs)
         stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext
 
 from hesscale_fx.accumulate import accumulate, clear
 from hesscale_fx.analysis.primitives import Primitives
@@ -19,6 +20,7 @@ from hesscale_fx.analysis.units import Unit
 from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
+from hesscale_fx.every import Schedule, without_curvature
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import RETRANSFORM, Signature
 from hesscale_fx.stages import log
@@ -35,7 +37,8 @@ class Result(NamedTuple):
         loss: the scalar loss.
         grads: parameter name -> gradient, of the parameter's shape and dtype.
         hess_diag: parameter name -> Hessian diagonal, of the parameter's shape; in float32 for
-            parameters of lower precision. Its unit is that of loss / parameter^2.
+            parameters of lower precision. Its unit is that of loss / parameter^2. Empty in the
+            calls between, where `transform` was asked for curvature at ``every`` k-th call only.
     """
 
     loss: Tensor
@@ -111,6 +114,8 @@ class Program:
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
+    between: Callable | None = None  # without curvature
+    between_graph: fx.Graph | None = None
 
     def __deepcopy__(self, memo: dict) -> Program:
         return Program(
@@ -125,16 +130,35 @@ class Program:
             self.function,
             self.asserts,
             self.code,
+            self.between,
+            self.between_graph,
         )
 
 
-def callable_of(program: Program) -> Callable:
-    """What runs the graph; under a profiler every node has its name."""
-    function = program.function
+class Checked(fx.graph.CodeGen):
+    """Refuses arguments that a graph does not serve where fx interprets it."""
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__()
+        self._signature = signature
+
+    def process_inputs(self, *args: Any) -> Any:
+        """See `fx.graph.CodeGen`."""
+        reason = self._signature.mismatch(list(args))
+        if reason is not None:
+            raise reason
+        return args
+
+
+def callable_of(program: Program, due: bool) -> Callable:
+    """What runs the graph, or that without curvature; under a profiler every node has its name."""
+    function, graph = program.function, program.graph
+    if not due:
+        function, graph = program.between, program.between_graph  # type: ignore[assignment]
     if torch.autograd.profiler._is_profiler_enabled:
         from hesscale_fx.inspect.profiling import named
 
-        function = named(program.graph)
+        function = named(graph)
     assert function is not None
     return function
 
@@ -157,15 +181,17 @@ class HesScaleModule(fx.GraphModule):
         loss: nn.Module | None,
         build: Any,  # makes the program for given arguments
         lazy: bool,
+        schedule: Schedule | None = None,  # None: every call computes curvature
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), "HesScaleModule")
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_loss_module", loss)
         self._build = build
         self._lazy = lazy
+        self._schedule = schedule
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._active: Program | None = None
-        self._compile_later: tuple[tuple, dict[str, Any]] | None = None
+        self._lineno_map = self._prologue_start = None  # Dynamo reads them
         self._link()
 
     def _link(self) -> None:
@@ -190,6 +216,10 @@ class HesScaleModule(fx.GraphModule):
         """The emitted graph."""
         if "_active" not in self.__dict__:  # GraphModule's own constructor asks
             return self.__dict__["_graph"]
+        if torch.compiler.is_exporting():
+            return self._exported_graph()
+        if self._active is None and TracingContext.try_get() is not None:
+            return self.__dict__["_graph"]  # Dynamo asks every GraphModule that it sees
         return self._program().graph
 
     @graph.setter
@@ -199,6 +229,19 @@ class HesScaleModule(fx.GraphModule):
             return
         self._program().graph = graph
         self.recompile()
+
+    def _exported_graph(self) -> fx.Graph:
+        """What torch.export runs in place of a call: it takes the graph of any GraphModule."""
+        program = self._program()
+        if program.state.modes != State.of(self._model).modes:
+            raise NotCapturedError(
+                "The graph was captured with the model in another train/eval mode. Call "
+                "hs.materialize(*inputs, *targets) before torch.export, or transform again."
+            )
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(program.graph, {}))
+        graph.set_codegen(Checked(program.signature))
+        return graph
 
     @property
     def code(self) -> str:
@@ -211,18 +254,25 @@ class HesScaleModule(fx.GraphModule):
         if program is None:
             return None
         self.__dict__["_graph"] = program.graph
-        program.graph.owning_module = self
-        code = program.graph.python_code(root_module="self")
-        scope = dict(code.globals)
-        source = compile(code.src, f"<hesscale_fx graph {id(program)}>", "exec")
-        exec(source, scope)
+        code, program.function = self._function_of(program.graph, program)
         program.code = code.src
-        program.function = scope["forward"]
         program.asserts = any(
             n.target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
             for n in program.graph.nodes
         )
+        if self._schedule is not None:
+            program.between_graph = without_curvature(program.graph)
+            _, program.between = self._function_of(program.between_graph, program)
         return code
+
+    def _function_of(self, graph: fx.Graph, program: Program) -> tuple[Any, Callable]:
+        """The Python code of a graph, and the function that it defines."""
+        graph.owning_module = self
+        code = graph.python_code(root_module="self")
+        scope = dict(code.globals)
+        label = f"<hesscale_fx graph {id(program)}{'' if graph is program.graph else ' between'}>"
+        exec(compile(code.src, label, "exec"), scope)
+        return code, scope["forward"]
 
     def _program(self) -> Program:
         active = self._active
@@ -264,7 +314,7 @@ class HesScaleModule(fx.GraphModule):
                     self._programs.move_to_end(key)
                     self._activate(program)
                     return program, tensors
-        if not self._lazy and reason is not None:
+        if reason is not None and not self._lazy:
             raise reason
         return self._capture(args, kwargs, reason)
 
@@ -280,7 +330,10 @@ class HesScaleModule(fx.GraphModule):
             return reason, []
         return program.signature.mismatch(tensors), tensors
 
-    @torch.compiler.disable
+    @torch.compiler.disable(
+        reason="a HesScaleModule captures its graph at the first call of a kind; inside another "
+        "compiled function call hs.materialize(*inputs, *targets) before"
+    )
     def _capture(
         self, args: tuple, kwargs: Mapping[str, Any], reason: Exception | None = None
     ) -> tuple[Program, list[Any]]:
@@ -293,10 +346,6 @@ class HesScaleModule(fx.GraphModule):
         self._link()
         self._activate(program)
         self.recompile()
-        if self._compile_later is not None:
-            args_, kwargs_ = self._compile_later
-            self._compile_later = None
-            super().compile(*args_, **kwargs_)
         return program, program.signature.flatten(args, kwargs)
 
     def _activate(self, program: Program) -> None:
@@ -304,22 +353,69 @@ class HesScaleModule(fx.GraphModule):
 
     # --- call -----------------------------------------------------------------------------------
 
+    @property
+    def calls(self) -> int:
+        """How many calls there were, which says when curvature is due; may be set.
+
+        With ``every=k`` a call computes curvature where this is a multiple of k. Set it to resume
+        training at some step, or to 0 for curvature at the next call. Always 0 without ``every``.
+        """
+        return 0 if self._schedule is None else self._schedule.calls
+
+    @calls.setter
+    def calls(self, count: int) -> None:
+        if self._schedule is not None:
+            self._schedule.calls = count
+
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         """Loss, gradients and Hessian diagonals at these arguments."""
-        return nn.Module.__call__(self, *args, **kwargs)
+        if self._schedule is None and self._compiled_call_impl is None:
+            return nn.Module.__call__(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return nn.Module.__call__(self, *args, **kwargs)
+        if self._compiled_call_impl is not None:
+            self._ready(args, kwargs)
+        if self._schedule is None:
+            return nn.Module.__call__(self, *args, **kwargs)
+        self._schedule.begin()
+        result = nn.Module.__call__(self, *args, **kwargs)
+        self._schedule.calls += 1  # a call that fails is none
+        return result
+
+    def _ready(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Capture, before the compiler's own tracing begins, what the call needs."""
+        if self._lazy or self._active is None:
+            self._find(args, kwargs)
+
+    # `torch.compile(hs)` asks modules with these two, as torch's lazy modules have them, to make
+    # themselves ready before each call.
+    _initialize_hook = True
+
+    def _infer_parameters(self, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._ready(args, kwargs)
+        if self._schedule is not None:
+            self._schedule.begin()
+            self._schedule.calls += 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Result:
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
+        due = self._schedule is None or self._schedule.due()
         with torch.no_grad(), without_autocast():
             if torch.compiler.is_compiling():
-                return Result(*program.function(self, *tensors))  # type: ignore[misc]
+                function = program.function if due else program.between
+                return Result(*function(self, *tensors))  # type: ignore[misc]
             if not program.asserts:
-                return Result(*callable_of(program)(self, *tensors))
-            return self._run_asserting(program, tensors, args, kwargs)
+                return Result(*callable_of(program, due)(self, *tensors))
+            return self._run_asserting(program, due, tensors, args, kwargs)
 
     def _run_asserting(
-        self, program: Program, tensors: list[Any], args: tuple, kwargs: Mapping[str, Any]
+        self,
+        program: Program,
+        due: bool,
+        tensors: list[Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
     ) -> Result:
         """Run a graph that asserts what it has fixed; where that does not hold, another one."""
         state = State.of(self._model)
@@ -328,7 +424,7 @@ class HesScaleModule(fx.GraphModule):
         while True:
             random = RandomState.now()
             try:
-                return Result(*callable_of(program)(self, *tensors))
+                return Result(*callable_of(program, due)(self, *tensors))
             except RuntimeError as error:
                 if MESSAGE not in str(error):
                     raise
@@ -383,7 +479,7 @@ class HesScaleModule(fx.GraphModule):
         leaves = dict(zip(names, tensors, strict=True))
         leaves.update((name, p) for name, (_, p) in self._build.names.items())
         others = [*self.buffers(), *(t for t in tensors if isinstance(t, Tensor))]
-        accumulate(leaves, out.grads, out.hess_diag, others)
+        accumulate(leaves, out.grads, out.hess_diag, others, self._schedule is not None)
         return out.loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -445,7 +541,7 @@ class HesScaleModule(fx.GraphModule):
         state = torch.get_rng_state()
         step, names = self._build.step, self._build.names
         before = {name: b.clone() for name, b in step.named_buffers()}
-        out = self(*args, **kwargs)
+        out = self.forward(*args, **kwargs)  # computes curvature whatever the schedule
         with torch.no_grad():
             for name, buffer in step.named_buffers():
                 buffer.copy_(before[name])
@@ -466,13 +562,6 @@ class HesScaleModule(fx.GraphModule):
             return verify(losses, state, chosen, out.hess_diag, samples, seed)
         finally:
             torch.set_rng_state(state)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile calls with `torch.compile`; before the first capture, from then on."""
-        if self._active is None:
-            self._compile_later = (args, kwargs)
-        else:
-            super().compile(*args, **kwargs)
 
     # --- what a module does ---------------------------------------------------------------------
 
@@ -507,7 +596,8 @@ class HesScaleModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict) -> HesScaleModule:
         build = copy.deepcopy(self._build, memo)
         model, loss = copy.deepcopy((self._model, self._loss_module), memo)
-        other = HesScaleModule(model, loss, build, self._lazy)
+        schedule = copy.copy(self._schedule)
+        other = HesScaleModule(model, loss, build, self._lazy, schedule)
         for program in self._programs.values():
             twin = copy.deepcopy(program)
             other._programs[id(twin)] = twin
@@ -519,14 +609,20 @@ class HesScaleModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         """Pickle what the graphs were made of; they are made again when loaded."""
         examples = [program.signature.example() for program in self._programs.values()]
-        return rebuild, (self._build, self._model, self._loss_module, self._lazy, examples)
+        parts = (self._build, self._model, self._loss_module, self._lazy)
+        return rebuild, (*parts, examples, self._schedule)
 
 
 def rebuild(
-    build: Callable, model: nn.Module, loss: nn.Module | None, lazy: bool, examples: list
+    build: Callable,
+    model: nn.Module,
+    loss: nn.Module | None,
+    lazy: bool,
+    examples: list,
+    schedule: Schedule | None = None,
 ) -> HesScaleModule:
     """A module that captures again at zeros of the shapes that were captured before."""
-    hs = HesScaleModule(model, loss, build, lazy)
+    hs = HesScaleModule(model, loss, build, lazy, schedule)
     for args, kwargs in examples:
         hs._capture(args, kwargs)
     return hs

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscale_fx.structures.base import Call, Tensors, widen
+from hesscale_fx.structures.base import Call, Tensors, wide, widen
+
+# While a graph is emitted, the dtype in which curvature is contracted, if not that it is held in.
+low_precision: ContextVar[torch.dtype | None] = ContextVar("low_precision", default=None)
+
+
+@contextmanager
+def contracting_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Contract curvature in `dtype` where it is held in a wider one."""
+    token = low_precision.set(dtype)
+    try:
+        yield
+    finally:
+        low_precision.reset(token)
 
 
 def squared(value: Any) -> Any:
@@ -29,10 +45,15 @@ class Contraction:
 
     # Whether linear in each operand as a whole; a product of the entries of one operand is not.
     in_each: bool = True
+    # Where the third operand is a bias, the dimension of the output that is its own.
+    bias_dim: int | None = None
     name: str = "contraction"
     linear: bool = False
 
     def at(self, call: Call) -> ContractionAt:
+        dtype = low_precision.get() if self.in_each else None
+        if dtype is not None:
+            return LowPrecisionAt(call, dtype, self.bias_dim)
         return ContractionAt(call)
 
 
@@ -48,6 +69,43 @@ class ContractionAt:
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
         return [None] * len(self.call.active)
+
+
+@dataclass
+class LowPrecisionAt(ContractionAt):
+    """Curvature is rounded to `dtype` before it is contracted, and widened at once.
+
+    The kernels add up in float32. A bias is no contraction: its sum is not rounded.
+    """
+
+    dtype: torch.dtype
+    bias_dim: int | None
+
+    def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
+        call = self.call
+        held = [wide(v.dtype) for v in call.operands()]
+        if s[0] is None or all(d.itemsize <= self.dtype.itemsize for d in held):
+            return super().squared_vjp(s)
+        bias = 2 if self.bias_dim is not None and 2 in call.active else None
+        leaves = [None if i == bias else v for i, v in enumerate(call.leaves)]
+        active = [i for i in call.active if i != bias]
+        rounded = Call(call.op, leaves, call.spec, active).vjp(s, self._rounded)
+        found = dict(zip(active, rounded, strict=True))
+        if bias is not None:
+            found[bias] = self._of_bias(s[0])
+        pairs = zip(call.active, held, strict=True)
+        return [None if (v := found[i]) is None else v.to(dtype) for i, dtype in pairs]
+
+    def _rounded(self, value: Any) -> Any:
+        value = squared(value)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        return value
+
+    def _of_bias(self, s: Tensor) -> Tensor:
+        assert self.bias_dim is not None
+        own = self.bias_dim % s.dim()
+        return s.sum([d for d in range(s.dim()) if d != own]) if s.dim() > 1 else s
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ SELECTION += [
 ]  # fmt: skip
 
 CONTRACTION = [
-    aten.mm.default, aten.bmm.default, *packets("mv", "linear", "convolution"),
+    aten.mm.default, aten.bmm.default, *packets("mv"),
 ]  # fmt: skip
 # Linear in each entry of their one operand, so the same rule holds.
 MULTILINEAR = packets("prod", "cumprod")
@@ -178,6 +178,8 @@ TWINS: dict[Any, Callable] = {aten.embedding_bag.padding_idx: written_out}
 TABLE: dict[Any, Structure] = {
     **{op: Selection() for op in SELECTION},
     **{op: Contraction() for op in CONTRACTION},
+    **{op: Contraction(bias_dim=-1) for op in packets("linear")},
+    **{op: Contraction(bias_dim=1) for op in packets("convolution")},
     **{op: Contraction(in_each=False) for op in MULTILINEAR},
     **{op: ManyToOne() for op in MANY_TO_ONE},
     **{op: ManyToOne(accepts=reduces_linearly) for op in TIES},
