@@ -14,6 +14,7 @@ from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
+from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.units import Partition
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture
 from hesscale_fx.emit import Emission
@@ -24,9 +25,12 @@ from hesscale_fx.errors import (
     UnsupportedOperatorError,
     source_line,
 )
-from hesscale_fx.methods import METHODS, Method
+from hesscale_fx.evaluate import Native
+from hesscale_fx.lossroot import tail_of
+from hesscale_fx.methods import Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import source_name
+from hesscale_fx.random import Signs
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 from hesscale_fx.stages import Stages
@@ -43,6 +47,9 @@ def transform(
     method: str = "hesscale",
     wrt: Wrt = None,
     dynamic: bool = True,
+    columns: int | str | None = None,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> HesScaleModule:
     """Give a module that returns loss, gradients and Hessian diagonals in one graph.
 
@@ -91,7 +98,9 @@ def transform(
         >>> hess_diag["0.weight"].shape
         torch.Size([8, 4])
     """
-    builder = Builder(model, loss, method, wrt, dynamic)
+    asked = {"columns": columns, "samples": samples, "generator": generator}
+    options = {name: value for name, value in asked.items() if value is not None}
+    builder = Builder(model, loss, method, wrt, dynamic, options)
     hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InvalidArgumentError(
@@ -109,17 +118,20 @@ class Builder:
     """Everything `transform` was asked for; a call builds the program for given arguments."""
 
     def __init__(
-        self, model: Any, loss: Callable | None, method: str, wrt: Wrt, dynamic: bool
+        self,
+        model: Any,
+        loss: Callable | None,
+        method: str,
+        wrt: Wrt,
+        dynamic: bool,
+        options: Mapping[str, Any],
     ) -> None:
-        if method not in METHODS:
-            raise InvalidArgumentError(
-                f"Unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}."
-            )
+        self.method = make_method(method, options)
+        self.generator: torch.Generator | None = options.get("generator")
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
         self.model, self.prefix = as_module(model)
         self.loss = loss
-        self.method: Method = METHODS[method]
         self.wrt = wrt
         self.dynamic = dynamic
         self.step = Step(self.model, loss)
@@ -194,7 +206,13 @@ class Builder:
         stages = Stages()
         captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
         stages.done("capture", f"{len(captured.graph.nodes)} nodes")
+        free = free_sizes(captured)
         program = self.compile(captured, stages)
+        if free_sizes(captured) != free:
+            # A kernel that pulls several columns at once has compared a free size with another.
+            stages.done("emission", "a free size got fixed; captured again with all sizes fixed")
+            captured = capture(self.step, args, kwargs, dynamic=False)
+            program = self.compile(captured, stages)
         stages.total()
         return program
 
@@ -227,8 +245,42 @@ class Builder:
         stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
         stages.done("exactness")
+        method = self.method
+        samples, tail = None, None
+        boundary = [primitives.of[n] for n in captured.boundary]
+        if method.needs_samples:
+            one = boundary[0] if method.needs_boundary else None
+            samples = Samples(partition.units, partition, one)
+            if not method.needs_boundary and not samples.found:
+                raise InvalidModelError(
+                    f"method={method.name!r} squares the gradient of each sample, but the samples "
+                    "of this model interact, or none was found in the leading dimension. Batch "
+                    "norm in training does that: put it in eval mode, or use another method."
+                )
+        if method.needs_samples and method.needs_boundary:
+            native = Native(primitives, partition.units)
+            tail = tail_of(
+                primitives.graph,
+                partition.units,
+                partition,
+                states,
+                native,
+                boundary,
+                loss,
+                f"method={method.name!r}" if method.name != "hesscale" else "columns",
+            )
+        linear = {u for u in partition.units if all(map(partition.is_linear, u.nodes))}
         emission = Emission(
-            captured, primitives, partition.units, states, inside, self.method, fake_mode
+            captured,
+            primitives,
+            partition.units,
+            states,
+            inside,
+            method,
+            fake_mode,
+            samples,
+            tail,
+            linear,
         )
         graph = emission.run(outputs)
         stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
@@ -242,6 +294,7 @@ class Builder:
             captured=captured,
             primitives=primitives,
             units=partition.units,
+            random=[Signs.of(n) for n in emission.random],
         )
 
     def _outputs(self, captured: Captured) -> dict[str, Leaf]:
@@ -292,14 +345,19 @@ def report_of(
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
         losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
         entries[name] = Entry(state.exact, losses)
-    of = "Gauss-Newton" if method.needs_boundary else "Hessian"
-    return Report(entries, of)
+    return Report(entries, method.of)
 
 
 def matches(name: str, pattern: str) -> bool:
     """A name, a prefix at a dot, or a shell pattern."""
     stem = pattern.rstrip(".")
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def free_sizes(captured: Captured) -> set[str]:
+    """The sizes of the inputs that are not fixed."""
+    values = [leaf.node.meta["val"] for leaf in captured.leaves if leaf.kind == "input"]
+    return {str(s) for v in values for s in v.shape if not str(s).isdigit()}
 
 
 def signature_of(captured: Captured) -> Signature:

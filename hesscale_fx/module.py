@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,10 +19,12 @@ from hesscale_fx.analysis.units import Unit
 from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
+from hesscale_fx.methods import Exact
+from hesscale_fx.random import Signs
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import Signature
 from hesscale_fx.stages import log
-from hesscale_fx.verify import graph_loss, model_loss, verify
+from hesscale_fx.verify import LossOf, exact_diagonal, graph_loss, model_loss, verify
 
 if TYPE_CHECKING:
     from hesscale_fx.inspect import Difference, Summary
@@ -88,9 +90,17 @@ class Program:
     captured: Captured
     primitives: Primitives
     units: list[Unit]
+    random: list[Signs] = field(default_factory=list)  # inputs after the call's own
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
+
+    def with_signs(self, tensors: list[Any], generator: torch.Generator | None) -> list[Any]:
+        """A call's tensors followed by the random signs that the graph takes."""
+        if not self.random:
+            return tensors
+        sizes = self.signature.sizes(tensors)
+        return [*tensors, *(signs.draw(sizes, generator) for signs in self.random)]
 
     def __deepcopy__(self, memo: dict) -> Program:
         return Program(
@@ -102,6 +112,7 @@ class Program:
             self.captured,
             self.primitives,
             self.units,
+            self.random,
             self.function,
             self.asserts,
             self.code,
@@ -280,6 +291,9 @@ class HesScaleModule(fx.GraphModule):
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
         with torch.no_grad(), without_autocast():
+            tensors = program.with_signs(tensors, self._build.generator)
+            if isinstance(self._build.method, Exact):
+                return self._exact(program, tensors, args, kwargs)
             if torch.compiler.is_compiling():
                 return Result(*program.function(self, *tensors))  # type: ignore[misc]
             function = program.function
@@ -399,29 +413,63 @@ class HesScaleModule(fx.GraphModule):
         """
         program, tensors = self._find(args, kwargs)
         state = torch.get_rng_state()
-        step, names = self._build.step, self._build.names
+        step = self._build.step
         before = {name: b.clone() for name, b in step.named_buffers()}
         out = self(*args, **kwargs)
         with torch.no_grad():
             for name, buffer in step.named_buffers():
                 buffer.copy_(before[name])
+        losses, start = self._losses(program, tensors, args, kwargs, before)
+        chosen = {name: start[name] for name in out.hess_diag}
+        try:
+            return verify(losses, state, chosen, out.hess_diag, samples, seed)
+        finally:
+            torch.set_rng_state(state)
+
+    def _exact(
+        self, program: Program, tensors: list[Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> Result:
+        """Loss and gradients by the graph, the diagonal beside it."""
+        function = program.function
+        assert function is not None
+        state = torch.get_rng_state()
+        before = {name: b.clone() for name, b in self._build.step.named_buffers()}
+        out = Result(*function(self, *tensors))
+        after = torch.get_rng_state()
+        losses, start = self._losses(program, tensors, args, kwargs, before)
+        try:
+            diagonal = {
+                name: exact_diagonal(losses, state, {n: start[n] for n in out.grads}, name)
+                for name in out.grads
+            }
+        finally:
+            torch.set_rng_state(after)
+        return Result(out.loss, out.grads, diagonal)
+
+    def _losses(
+        self,
+        program: Program,
+        tensors: list[Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+    ) -> tuple[list[LossOf], dict[str, Tensor]]:
+        """The loss as functions to differentiate again, and where: inputs and parameters."""
+        step, names = self._build.step, self._build.names
         step.bind(args, kwargs)
         inputs = [i.name for i in program.signature.inputs]
         start = {
             **dict(zip(inputs, tensors, strict=True)),
             **{name: p.detach() for name, (_, p) in names.items()},
         }
-        buffers = {n.removeprefix("model."): b for n, b in step.named_buffers()}
+        state = {n.removeprefix("model."): b for n, b in buffers.items()}
         primitives = program.primitives
+        inner = {n: inner for n, (inner, _) in names.items()}
         losses = [
-            model_loss(step, {n: inner for n, (inner, _) in names.items()}, inputs, tensors),
-            graph_loss(program.captured, primitives.graph, primitives.of, {**start, **buffers}),
+            model_loss(step, inner, inputs, tensors, buffers),
+            graph_loss(program.captured, primitives.graph, primitives.of, {**start, **state}),
         ]
-        chosen = {name: start[name] for name in out.hess_diag}
-        try:
-            return verify(losses, state, chosen, out.hess_diag, samples, seed)
-        finally:
-            torch.set_rng_state(state)
+        return losses, start
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile calls with `torch.compile`; before the first capture, from then on."""

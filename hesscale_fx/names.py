@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-ROLE = {"forward": "forward", "grad": "gradient", "hess": "curvature"}
+ROLE = {"forward": "forward", "grad": "gradient", "hess": "curvature", "columns": "columns"}
 
 
 @dataclass
