@@ -10,7 +10,7 @@ TEST   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-adapters demo lint format hooks clean distclean
+.PHONY: help env test test-all test-adapters models operators demo lint format hooks clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +37,13 @@ test-adapters: $(READY)  ## run the tests against laplace-torch, which this inst
 
 demo: $(READY)  ## train on handwritten digits with Hessian diagonals; ARGS="--epochs 3 --seed 1"
 	$(BIN)/python examples/digits.py $(ARGS)
+
+models: $(READY)  ## measure real models and write docs/models.md; ARGS="--only BERT" selects
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[models]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py --write docs/models.md $(ARGS)
+
+operators: $(READY)  ## every operator of PyTorch's database; writes docs/operators.md (10 minutes)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/operators.py --table docs/operators.md $(ARGS)
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

@@ -152,7 +152,7 @@ def analysis(layers: int, repeats: int, profile: bool) -> None:
     """Print the processor seconds that each part of the analysis takes (the best of `repeats`)."""
     tokens, targets = torch.randint(32, (4, 8)), torch.randint(32, (4, 8))
     builder = Builder(GPT(layers), None, "hesscale", None, dynamic=True)
-    captured = capture(builder.step, (tokens, targets), {}, dynamic=True)
+    captured = next(capture(builder.step, (tokens, targets), {}, dynamic=True))
     fake_mode = detect_fake_mode([leaf.node.meta["val"] for leaf in captured.leaves])
     leaves = list(builder._outputs(captured).values())
 

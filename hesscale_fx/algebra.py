@@ -99,6 +99,9 @@ class Algebra:
     def _rule(self, node: fx.Node) -> Callable[..., Form | None] | None:
         if not is_curvature(node) or node.kwargs.keys() - ALLOWED:
             return None
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            return None  # an index has no factor that is a fraction
         target: Any = node.target
         if target in RULES:
             return getattr(self, RULES[target])

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+)
 
 from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
-from hesscale_fx.analysis.units import Partition
-from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture
+from hesscale_fx.analysis.units import Partition, Unit
+from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
 from hesscale_fx.emit import Emission
 from hesscale_fx.errors import (
+    CaptureError,
     InvalidArgumentError,
     InvalidModelError,
     UnknownNameError,
@@ -33,7 +39,15 @@ from hesscale_fx.names import source_name
 from hesscale_fx.random import Signs
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
-from hesscale_fx.stages import Stages
+from hesscale_fx.stages import Stages, log
+from hesscale_fx.structures import Structure
+from hesscale_fx.structures.columns import LARGE, Columns, Estimate
+
+# What serves a call whose operator has no structure.
+FALLBACKS: dict[str, Structure] = {"exact": Columns(limit=LARGE), "estimate": Estimate()}
+
+SYMBOLIC = "symbolic sizes/strides"  # in torch's words for what a formula of its own cannot do
+DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -50,6 +64,7 @@ def transform(
     columns: int | str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
+    fallback: str | None = None,
 ) -> HesScaleModule:
     """Give a module that returns loss, gradients and Hessian diagonals in one graph.
 
@@ -74,6 +89,10 @@ def transform(
             (``"*.weight"``), a predicate on (name, parameter), or ``"inputs"`` for the
             floating-point inputs; a list mixes them. By default all parameters that require grad.
         dynamic: leave the leading dimension of the inputs free where the model allows it.
+        fallback: what serves an operator without a structure, which otherwise raises an error:
+            ``"exact"``, the columns of its Jacobian, one backward pass for each element of its
+            output and of its operand, for small ones; or ``"estimate"``, unbiased by random signs
+            that are drawn in each call, at any size.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
@@ -100,7 +119,7 @@ def transform(
     """
     asked = {"columns": columns, "samples": samples, "generator": generator}
     options = {name: value for name, value in asked.items() if value is not None}
-    builder = Builder(model, loss, method, wrt, dynamic, options)
+    builder = Builder(model, loss, method, wrt, dynamic, fallback, options)
     hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InvalidArgumentError(
@@ -124,16 +143,23 @@ class Builder:
         method: str,
         wrt: Wrt,
         dynamic: bool,
-        options: Mapping[str, Any],
+        fallback: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.method = make_method(method, options)
-        self.generator: torch.Generator | None = options.get("generator")
+        if fallback is not None and fallback not in FALLBACKS:
+            raise InvalidArgumentError(
+                f"Unknown fallback {fallback!r}; choose None or one of "
+                f"{', '.join(map(repr, FALLBACKS))}."
+            )
+        self.method = make_method(method, options or {})
+        self.generator: torch.Generator | None = (options or {}).get("generator")
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
         self.model, self.prefix = as_module(model)
         self.loss = loss
         self.wrt = wrt
         self.dynamic = dynamic
+        self.fallback = fallback
         self.step = Step(self.model, loss)
         self._built = 0
         self.names = self._parameter_names()
@@ -204,17 +230,22 @@ class Builder:
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
         stages = Stages()
-        captured = capture(self.step, args, kwargs, dynamic=self.dynamic)
-        stages.done("capture", f"{len(captured.graph.nodes)} nodes")
-        free = free_sizes(captured)
-        program = self.compile(captured, stages)
-        if free_sizes(captured) != free:
-            # A kernel that pulls several columns at once has compared a free size with another.
-            stages.done("emission", "a free size got fixed; captured again with all sizes fixed")
-            captured = capture(self.step, args, kwargs, dynamic=False)
-            program = self.compile(captured, stages)
-        stages.total()
-        return program
+        reason: Exception | None = None
+        for captured in capture(self.step, args, kwargs, dynamic=self.dynamic):
+            try:
+                stages.done("capture", f"{len(captured.graph.nodes)} nodes, {captured.way}")
+                with quiet():  # torch logs the attempts that fail
+                    program = self.compile(captured, stages)
+                if not serves(program.signature, args, kwargs):
+                    continue  # a batch of one is captured as two; a rule has fixed it since
+                stages.total()
+                return program
+            except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
+                if not isinstance(error, DATA_DEPENDENT) and SYMBOLIC not in str(error):
+                    raise
+                log.info("not compiled: %s", str(error).splitlines()[0])
+                reason = error
+        raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
     def compile(self, captured: Captured, stages: Stages) -> Program:
         """Analyse and emit."""
@@ -241,7 +272,7 @@ class Builder:
             primitives.source,
             inside if self.method.needs_boundary else None,
         )
-        check_supported(partition, primitives.source)
+        check_supported(partition, primitives.source, self.fallback)
         stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
         stages.done("exactness")
@@ -290,7 +321,7 @@ class Builder:
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(self.method, outputs, primitives, exact),
+            report=report_of(self.method, outputs, primitives, exact, captured),
             captured=captured,
             primitives=primitives,
             units=partition.units,
@@ -337,6 +368,7 @@ def report_of(
     outputs: Mapping[str, Leaf],
     primitives: Primitives,
     states: Mapping[fx.Node, Exactness],
+    captured: Captured,
 ) -> Report:
     """What the analysis found, by parameter."""
     entries = {}
@@ -345,7 +377,7 @@ def report_of(
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
         losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
         entries[name] = Entry(state.exact, losses)
-    return Report(entries, method.of)
+    return Report(entries, method.of, captured.way, tuple(d.describe() for d in captured.fixed))
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -354,10 +386,9 @@ def matches(name: str, pattern: str) -> bool:
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
 
 
-def free_sizes(captured: Captured) -> set[str]:
-    """The sizes of the inputs that are not fixed."""
-    values = [leaf.node.meta["val"] for leaf in captured.leaves if leaf.kind == "input"]
-    return {str(s) for v in values for s in v.shape if not str(s).isdigit()}
+def serves(signature: Signature, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a graph takes the arguments it was captured for."""
+    return signature.mismatch(signature.flatten(args, dict(kwargs))) is None
 
 
 def signature_of(captured: Captured) -> Signature:
@@ -371,27 +402,63 @@ def signature_of(captured: Captured) -> Signature:
     return Signature(inputs, captured.in_spec, captured.in_leaves, captured.guards)
 
 
-def check_supported(partition: Partition, source: dict[fx.Node, fx.Node]) -> None:
-    """Refuse operators without a structure, all at once."""
-    from hesscale_fx.structures import structure_of
+def check_supported(
+    partition: Partition, source: dict[fx.Node, fx.Node], fallback: str | None = None
+) -> None:
+    """Give operators without a structure the fallback, or refuse them, all at once."""
+    alone = [u for u in partition.units if u.region is None]
+    unknown = [u for u in alone if u.rule is None]
+    large = [u for u in alone if is_large(u)]
+    if fallback is not None:
+        for unit in [*unknown, *large]:
+            other = FALLBACKS[fallback]
+            known = unit.rule
+            if isinstance(known, Columns) and isinstance(other, Columns):
+                other = replace(known, limit=other.limit)  # it knows more of its blocks
+            unit.fallback = other
+        unknown, large = [], [u for u in alone if is_large(u)]
+    if unknown:
+        calls = [u.call for u in unknown]
+        registers = "\n".join(
+            f"  hesscale_fx.register(torch.ops.{n}, ...)"
+            for n in dict.fromkeys(str(c.target) for c in calls)
+        )
+        raise UnsupportedOperatorError(
+            "No structure is known for the Jacobian of:\n"
+            + "\n".join(listed(c, source) for c in calls)
+            + "\nRegister one, e.g. 'pointwise', 'selection' or 'contraction':\n"
+            + registers
+            + "\nor let the columns of their Jacobians serve, if they are small, or estimates: "
+            'transform(..., fallback="exact") or transform(..., fallback="estimate").'
+        )
+    if large:
+        way = 'fallback="estimate"' if fallback else 'fallback="exact" or fallback="estimate"'
+        raise UnsupportedOperatorError(
+            "Too large for the columns of the Jacobian, which are computed one by one:\n"
+            + "\n".join(
+                f"{listed(u.call, source)}: {columns(u)} columns, at most {u.rule.limit}"  # type: ignore[union-attr]
+                for u in large
+            )
+            + f"\nAllow another way: transform(..., {way})."
+        )
 
-    unknown = [
-        u.call
-        for u in partition.units
-        if u.region is None and structure_of(u.call.target, u.call.args, u.call.kwargs) is None
-    ]
-    if not unknown:
-        return
-    lines = []
-    for node in unknown:
-        value = node.meta.get("val")
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else "several outputs"
-        where = source_line(source[node])
-        lines.append(f"  {node.name}: {node.target} {shape}" + (f"  at {where}" if where else ""))
-    names = dict.fromkeys(str(n.target) for n in unknown)
-    calls = "\n".join(f"  hesscale_fx.register(torch.ops.{n}, ...)" for n in names)
-    raise UnsupportedOperatorError(
-        "No structure is known for the Jacobian of:\n"
-        + "\n".join(lines)
-        + f"\nRegister one, e.g. 'pointwise', 'selection' or 'contraction':\n{calls}"
-    )
+
+def columns(unit: Unit) -> int:
+    """How many columns of the Jacobian the rule of a unit computes; 0 if it has no such rule."""
+    if not isinstance(unit.rule, Columns):
+        return 0
+    outputs = [n.meta["val"] for n in unit.outputs if isinstance(n.meta["val"], torch.Tensor)]
+    return unit.rule.count([n.meta["val"] for n, _ in unit.inputs], outputs)
+
+
+def is_large(unit: Unit) -> bool:
+    """Whether the rule of a unit would compute more columns than it may."""
+    return isinstance(unit.rule, Columns) and columns(unit) > unit.rule.limit
+
+
+def listed(node: fx.Node, source: dict[fx.Node, fx.Node]) -> str:
+    """A line on one call, for an error."""
+    value = node.meta.get("val")
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else "several outputs"
+    where = source_line(source[node])
+    return f"  {node.name}: {node.target} {shape}" + (f"  at {where}" if where else "")

@@ -13,31 +13,37 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from hesscale_fx import structures
+from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
-from hesscale_fx.decisions import Decision, recording, replaying
+from hesscale_fx.checkpoints import seen_through
+from hesscale_fx.decisions import MESSAGE, Decision, Reads, check_asserted
 from hesscale_fx.errors import (
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
     InvalidModelError,
+    Refusal,
+    UnsupportedOperatorError,
+    source_line,
 )
+from hesscale_fx.inlining import write_in
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
+from hesscale_fx.structures import definitions
 from hesscale_fx.structures.ctc import captured_whole
 
 aten = torch.ops.aten
@@ -67,6 +73,9 @@ class Captured:
     in_spec: pytree.TreeSpec
     in_leaves: list[Any]  # one an argument leaf: the name of its placeholder or a constant
     guards: list[Any]  # what the sizes must satisfy for the model to take the captured path
+    position: int  # of the loss among the graph's outputs
+    way: str = ""
+    fixed: list[Decision] = field(default_factory=list)  # values from data; asserted in the graph
 
 
 class Step(nn.Module):
@@ -232,27 +241,160 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def capture(step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
-    """Trace `step` at the given arguments.
+def capture(
+    step: Step, args: tuple, kwargs: Mapping[str, Any], *, dynamic: bool
+) -> Iterator[Captured]:
+    """Trace `step` at the given arguments, in one way after another.
+
+    The first is torch.export. Where it refuses, or where what it gave cannot be compiled because of
+    a size that depends on data, the next ones fix what came from data and assert it at each call.
+
+    Yields:
+        What was captured; ask for the next one if it cannot be compiled.
 
     Raises:
-        CaptureError: torch.export cannot trace the model.
+        CaptureError: nothing can trace the model; the reason is torch.export's.
         InvalidModelError: the result is not one real floating-point scalar.
     """
     tensors = step.bind(args, kwargs)
     names = argument_names(step, args, kwargs)
-    program = None
-    if dynamic:
-        free = [roomy(t) for t in tensors]
+    first: CaptureError | None = None
+    for way in ways(step, tensors, dynamic):
+        start = time.perf_counter()
         try:
-            program = export(step, free, dynamic=True)
-            if any(a is not b for a, b in zip(free, tensors, strict=True)) and not is_free(program):
-                program = None  # the enlarged batch got baked in: it is no batch
-        except CaptureError:
-            program = None
-    if program is None:
-        program = export(step, tensors, dynamic=False)
-    return from_program(program, step, names)
+            captured = way(names)
+        except Refusal:
+            raise
+        except CaptureError as error:
+            log.info("not captured: %s", str(error).splitlines()[0])
+            first = first or error
+            continue
+        if captured is not None:
+            seconds = time.perf_counter() - start
+            log.info(
+                "captured %d nodes by %s in %.2fs", len(captured.graph.nodes), captured.way, seconds
+            )
+            yield captured
+    if first is not None:
+        raise first
+
+
+def ways(step: Step, tensors: list[torch.Tensor], dynamic: bool) -> Iterator[Callable]:
+    """Each way of capture, best first; a way gives None where it would bake in what is free."""
+    batches = [True, False] if dynamic else [False]
+    for free in batches:
+        yield functools.partial(exported, step, tensors, free, None)
+    reads = decide(step, tensors)
+    if len(reads):
+        for free in batches:
+            yield functools.partial(exported, step, tensors, free, reads)
+    for free in batches:
+        yield functools.partial(recorded, step, tensors, reads if free else None)
+
+
+def exported(
+    step: Step, tensors: list[torch.Tensor], free: bool, reads: Reads | None, names: list[str]
+) -> Captured | None:
+    """By torch.export, with the decisions of `reads` fixed."""
+    given = [roomy(t) for t in tensors] if free else tensors
+    fixed: list[Decision] = []
+    program = export(step, given, free, reads, fixed)
+    enlarged = any(a is not b for a, b in zip(given, tensors, strict=True))
+    if enlarged and not is_free(program):
+        return None  # the enlarged batch got baked in: it is no batch
+    captured = from_program(program, step, names)
+    captured.fixed = fixed
+    captured.way = "torch.export" + (" with fixed values" if fixed else "")
+    return captured
+
+
+def recorded(
+    step: Step, tensors: list[torch.Tensor], reads: Reads | None, names: list[str]
+) -> Captured | None:
+    """By make_fx below autograd: on symbolic sizes with `reads`, else on the example's values."""
+    free = reads is not None
+    given = [roomy(t) for t in tensors] if free else tensors
+    fixed: list[Decision] = []
+    with dispatch_kept():
+        path = record(step, given, reads, fixed)
+    program = export(path.module, given, free, None, fixed, step)
+    enlarged = any(a is not b for a, b in zip(given, tensors, strict=True))
+    if enlarged and not is_free(program):
+        return None
+    captured = from_program(program, step, names)
+    inputs = [leaf for leaf in captured.leaves if leaf.kind == "input"]
+    sizes = {
+        s: as_expression(inputs[i].node.meta["val"].shape[d]) for s, (i, d) in path.sizes.items()
+    }
+    captured.guards += [g.xreplace(sizes) for g in path.guards if g.free_symbols]
+    captured.fixed = fixed
+    captured.way = "make_fx" if free else "make_fx on values"
+    check_gradient(captured, step, tensors)
+    return captured
+
+
+def record(
+    step: Step, tensors: list[torch.Tensor], reads: Reads | None, fixed: list[Decision]
+) -> below_autograd.Path:
+    """`below_autograd.trace`, with its errors as ours."""
+    try:
+        with quiet(), grad_modes(), captured_whole():
+            return below_autograd.trace(step, tensors, reads, fixed)
+    except HesScaleError:
+        raise
+    except Exception as error:
+        reason = CaptureError(explain(error, step))
+        # Frames that live on hold guards of torch.func, which restore its state when they die.
+        traceback.clear_frames(error.__traceback__)
+    raise reason
+
+
+def as_expression(size: Any) -> Any:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+def check_gradient(captured: Captured, step: Step, tensors: list[torch.Tensor]) -> None:
+    """Refuse a path below autograd along which autograd finds another gradient than in the model.
+
+    It would be an error of ours, not the user's; a wrong number is worse.
+    """
+    parameters = {n: p for n, p in step.named_parameters() if p.requires_grad}
+    buffers = {name: b.clone() for name, b in step.named_buffers()}
+    inputs = [t.detach().clone() for t in tensors]
+    kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.random.fork_rng(), grad_modes(), kernels:
+        state = torch.get_rng_state()
+        loss = torch.func.functional_call(step, buffers, tuple(t.clone() for t in inputs))
+        want = gradients(loss, parameters)
+        torch.set_rng_state(state)
+        rest = iter(inputs)
+        values = {**dict(step.named_parameters()), **dict(step.named_buffers())}
+        flat = []
+        for leaf in captured.leaves:
+            value = next(rest) if leaf.kind == "input" else values.get(leaf.name, leaf.value)
+            flat.append(value)
+        runner = fx.Interpreter(fx.GraphModule({}, captured.graph))
+        outputs = runner.run(*flat)
+        have = gradients(outputs[captured.position], parameters)
+    # What is zero but for rounding (a bias before a softmax) is held to the others' size.
+    floor = 1e-4 * max((float(g.abs().max()) for g in want if g.numel()), default=0.0)
+    for name, one, other in zip(parameters, want, have, strict=True):
+        scale = max(float(one.abs().max()), floor) if one.numel() else 0.0
+        if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+            raise Refusal(
+                f"{type(step.model).__name__} cannot be captured: along the recorded path the "
+                f"gradient of {name.removeprefix('model.')!r} is not the model's own.\n"
+                "The model cuts gradients off in a way that cannot be followed; use x.detach() or "
+                "torch.no_grad()."
+            )
+
+
+def gradients(loss: Any, parameters: dict[str, nn.Parameter]) -> tuple[torch.Tensor, ...]:
+    if not loss.requires_grad:
+        return tuple(torch.zeros_like(p) for p in parameters.values())
+    return torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
 
 
 def roomy(tensor: torch.Tensor) -> torch.Tensor:
@@ -262,39 +404,49 @@ def roomy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_zeros((2, *tensor.shape[1:]))
 
 
-def export(step: Step, tensors: list[torch.Tensor], *, dynamic: bool) -> Any:
+def export(
+    module: nn.Module,
+    tensors: list[torch.Tensor],
+    free: bool,
+    reads: Reads | None,
+    fixed: list[Decision],
+    step: Step | None = None,
+) -> Any:
     """torch.export with the leading dimensions free (where the model allows) or all fixed."""
     auto = torch.export.Dim.AUTO
-    shapes = tuple({0: auto} if t.dim() else None for t in tensors) if dynamic else None
+    shapes = tuple({0: auto} if t.dim() else None for t in tensors) if free else None
     options: dict[str, Any] = {"dynamic_shapes": (shapes,) if shapes else None, "strict": False}
+    replaying = reads.replaying(fixed, symbolic=True) if reads is not None else nullcontext()
     try:
         # On failure export prints its partial graph to stderr.
-        with quiet(), redirect_stderr(io.StringIO()), grad_modes(), captured_whole():
-            try:
-                return torch.export.export(step, tuple(tensors), **options)
-            except (GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
-                made = decide(step, tensors)
-                if not made or not all(decision.by_torch for decision in made):
-                    raise  # the model itself branches on data
-                log.info("fixed with an assertion: %s", [d.describe() for d in made])
-                try:
-                    with replaying(made):
-                        return torch.export.export(step, tuple(tensors), **options)
-                except CaptureError:
-                    raise error from None
+        with (
+            quiet(),
+            redirect_stderr(io.StringIO()),
+            grad_modes(),
+            captured_whole(),
+            seen_through(),
+            replaying,
+        ):
+            program = torch.export.export(module, tuple(tensors), **options)
     except HesScaleError:
         raise
     except Exception as error:
-        raise CaptureError(explain(error, step)) from error
+        raise CaptureError(explain(error, step or module)) from error
+    check_asserted(program.graph, fixed)
+    return program
 
 
-def decide(step: Step, tensors: list[torch.Tensor]) -> list[Decision]:
+def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
     """Run the step eagerly on copies and note what its control flow reads."""
-    made: list[Decision] = []
+    reads = Reads()
     buffers = {name: b.clone() for name, b in step.named_buffers()}
-    with torch.random.fork_rng(), torch.no_grad(), recording(made):
-        torch.func.functional_call(step, buffers, tuple(t.clone() for t in tensors))
-    return made
+    inputs = tuple(t.detach().clone() for t in tensors)
+    try:
+        with torch.random.fork_rng(), grad_modes(), captured_whole(), reads.recording():
+            torch.func.functional_call(step, buffers, inputs)
+    except Exception as error:
+        raise Refusal(explain(error, step)) from error
+    return reads
 
 
 def is_free(program: Any) -> bool:
@@ -314,6 +466,14 @@ def grad_modes() -> Iterator[None]:
 
 
 @contextmanager
+def dispatch_kept() -> Iterator[None]:
+    """A trace that fails within torch.func can leave the thread's dispatch keys changed."""
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(*keys):
+        yield
+
+
+@contextmanager
 def no_autocast() -> Iterator[None]:
     """Ambient autocast belongs to the caller's own code, not to the captured graph."""
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -327,7 +487,7 @@ def no_autocast() -> Iterator[None]:
             torch.set_autocast_enabled(kind, on)
 
 
-def explain(error: Exception, step: Step) -> str:
+def explain(error: Exception, step: nn.Module) -> str:
     """The reason of a failed capture in two lines."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = text[0] if text else type(error).__name__
@@ -337,7 +497,7 @@ def explain(error: Exception, step: Step) -> str:
     for frame in traceback.extract_tb(error.__traceback__):
         if "/torch/" not in frame.filename and not frame.filename.startswith((HERE, "<eval")):
             where = f" at {frame.filename}:{frame.lineno}: {frame.line}"
-    name = type(step.model).__name__
+    name = type(getattr(step, "model", step)).__name__
     return (
         f"{name} cannot be captured{where}: {reason[:300]}\n"
         "torch.export traces one path: replace control flow that reads tensor values "
@@ -379,9 +539,16 @@ def positional_names(function: Callable, count: int, default: str) -> list[str]:
 def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     """Decompose an exported program to the pinned level and read off its signature."""
     detach_no_grad(program.graph_module)
-    with quiet(), no_autocast():
-        program = program.run_decompositions(decompositions())
+    try:
+        with quiet(), no_autocast():
+            program = program.run_decompositions(decompositions())
+            write_repeated(program.graph_module.graph)
+    except Exception as error:
+        raise CaptureError(explain(error, step)) from error
     graph = program.graph_module.graph
+    refuse_control_flow(graph)
+    refuse_sparse(graph)
+    ask_for_dense_gradients(graph)
     signature = program.graph_signature
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
@@ -391,6 +558,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     kinds = [spec.kind.name for spec in signature.output_specs]
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
     drop_checks(graph)
+    name_checks(graph)
     drop_whole_slices(graph)
     merge_equal(graph)
     boundary = strip_boundary(graph)  # may replace the outputs, so they are read after it
@@ -408,7 +576,49 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
         in_spec=step.spec,  # type: ignore[arg-type]
         in_leaves=list(step.static),
         guards=guards_of(leaves),
+        position=kinds.index("USER_OUTPUT"),
     )
+
+
+def refuse_control_flow(graph: fx.Graph) -> None:
+    """torch.cond, scan, while_loop, map: their bodies are graphs of their own."""
+    found = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
+    if found:
+        names = ", ".join(dict.fromkeys(f"torch.ops.higher_order.{n.target}" for n in found))
+        where = (line for line in map(source_line, found) if line and not line.startswith("<"))
+        lines = "".join(f"\n  at {line}" for line in where)
+        raise UnsupportedOperatorError(
+            f"No rule is known for control flow that stays in the graph: {names}.{lines}\nUnroll "
+            "the loop in Python, take torch.where of both branches, or move it out of the model."
+        )
+
+
+def refuse_sparse(graph: fx.Graph) -> None:
+    """Tensors whose layout has no strides."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise UnsupportedOperatorError(
+                f"{node.target} gives a tensor of layout {value.layout}; only dense tensors are "
+                "supported. Use to_dense() before the model."
+            )
+
+
+# Position of the argument that asks for a sparse gradient.
+SPARSE = {
+    aten.embedding.default: 4, aten.embedding_bag.default: 5, aten.embedding_bag.padding_idx: 5,
+    aten._embedding_bag.default: 5,
+}  # fmt: skip
+
+
+def ask_for_dense_gradients(graph: fx.Graph) -> None:
+    """Gradients and diagonals are dense, also where an embedding asks for sparse ones."""
+    for node in graph.nodes:
+        position = SPARSE.get(node.target)
+        if position is not None and len(node.args) > position:
+            node.update_arg(position, False)
+        if position is not None and "sparse" in node.kwargs:
+            node.update_kwarg("sparse", False)
 
 
 def detach_no_grad(module: fx.GraphModule) -> None:
@@ -430,16 +640,17 @@ def read_inputs(program: Any, step: Step, names: list[str]) -> list[Leaf]:
     """What each placeholder is."""
     placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
     inputs = iter([n for n, v in zip(names, step.static, strict=True) if v is TENSOR])
+    buffers = dict(step.named_buffers(remove_duplicate=False))
     leaves: list[Leaf] = []
     constants = 0
     for spec in program.graph_signature.input_specs:
         node, kind = placeholders[spec.arg.name], spec.kind.name
         if kind == "USER_INPUT":
             leaves.append(Leaf(node, "input", next(inputs)))
-        elif kind in ("PARAMETER", "BUFFER"):
+        elif kind == "PARAMETER" or (kind == "BUFFER" and spec.target in buffers):
             leaves.append(Leaf(node, kind.lower(), spec.target))
-        elif kind == "CONSTANT_TENSOR":
-            value = program.constants[spec.target]
+        elif kind in ("CONSTANT_TENSOR", "BUFFER"):  # a buffer of the recorded module is none's
+            value = program.constants.get(spec.target, program.state_dict.get(spec.target))
             leaves.append(Leaf(node, "constant", f"_constant_{constants}", value))
             constants += 1
         else:
@@ -523,11 +734,25 @@ def drop_checks(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def name_checks(graph: fx.Graph) -> None:
+    """Let torch's assertions of numbers that come from data say what they are."""
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        condition, text = node.args
+        reason = str(text).removeprefix("Runtime assertion failed for expression ")
+        read = condition
+        while isinstance(read, fx.Node) and not isinstance(read.target, torch._ops.OpOverload):
+            read = next(iter(read.all_input_nodes), None)
+        where = source_line(read) if isinstance(read, fx.Node) else ""
+        at = f" at {where}" if where else ""
+        node.args = (condition, f"{MESSAGE}: {reason.split(' on node ')[0]}{at}")
+
+
 def drop_whole_slices(graph: fx.Graph) -> None:
     """``x[:]`` is x; export writes one for every ``:`` next to a None or an index."""
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor:
-            start, end, step = (list(node.args[2:]) + [None, None, 1][len(node.args) - 2 :])[:3]
+            given = list(node.args[2:])
+            start, end, step = given + [None, None, 1][len(given) :]
             if start in (None, 0) and end in (None, sys.maxsize) and step == 1:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
@@ -554,4 +779,16 @@ def decompositions() -> dict[Any, Callable]:
     """PyTorch's decompositions, without those of operators that have a structure here."""
     table = {op: f for op, f in _core_table().items() if not structures.is_known(op)}
     table.update(structures.definitions_for_capture())
+    for op in definitions.REPEATED:
+        table.pop(op, None)
     return table
+
+
+def write_repeated(graph: fx.Graph) -> None:
+    """Write out the operators of which one definition serves many equal layers."""
+    written = structures.definitions_for_capture()
+    repeated = {op: written[op] for op in definitions.REPEATED if op in written}
+    values = [n.meta["val"] for n in graph.nodes if n.target in repeated]
+    if values:
+        with no_autocast():
+            write_in(graph, repeated, detect_fake_mode(values))

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.analysis.exactness import State
@@ -32,6 +37,13 @@ from hesscale_fx.structures.base import wide, zero_test
 from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
 
 aten = torch.ops.aten
+
+# What tracing raises for a formula whose course depends on values.
+DATA_DEPENDENT = (
+    GuardOnDataDependentSymNode,
+    DynamicOutputShapeException,
+    DataDependentOutputException,
+)
 
 
 class Emission:
@@ -223,7 +235,9 @@ class Emission:
                     results += found
                 return results
             except (RuntimeError, NotImplementedError) as error:
-                if "derivative" not in str(error) and "not implemented" not in str(error):
+                told = ("derivative", "not implemented", "ata-dependent")
+                reads_data = isinstance(error, DATA_DEPENDENT)
+                if not reads_data and not any(word in str(error) for word in told):
                     raise
                 raise self._underivable(unit, error) from error
             finally:

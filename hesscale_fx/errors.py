@@ -31,6 +31,10 @@ class CaptureError(HesScaleError, RuntimeError):
     """The model could not be traced into one graph."""
 
 
+class Refusal(CaptureError):
+    """A reason that no other way of capture would change."""
+
+
 class UnsupportedOperatorError(HesScaleError, NotImplementedError):
     """An operator on the path from a differentiated tensor to the loss has no structure."""
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from hesscale_fx import structures
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.structures import Call, Evaluation, definitions
@@ -28,7 +27,7 @@ def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
             return known
         return RegionAt(unit.region, values, native.runner(unit, values))
     call = unit.call
-    structure = structures.structure_of(call.target, call.args, call.kwargs)
+    structure = unit.rule
     assert structure is not None, f"no structure for {call.target}"
     leaves, spec = pytree.tree_flatten((tuple(call.args), dict(call.kwargs)))
     wanted = {n for n, _ in unit.inputs}

@@ -22,7 +22,7 @@ from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.methods import Exact
 from hesscale_fx.random import Signs
 from hesscale_fx.report import Report, Verification
-from hesscale_fx.signature import Signature
+from hesscale_fx.signature import RETRANSFORM, Signature
 from hesscale_fx.stages import log
 from hesscale_fx.verify import LossOf, exact_diagonal, graph_loss, model_loss, verify
 
@@ -79,6 +79,26 @@ class State:
 
 
 @dataclass
+class RandomState:
+    """Of the default generators, to run again with the same draws."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they are."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@dataclass(eq=False)
 class Program:
     """One captured and emitted graph."""
 
@@ -117,6 +137,17 @@ class Program:
             self.asserts,
             self.code,
         )
+
+
+def callable_of(program: Program) -> Callable:
+    """What runs the graph; under a profiler every node has its name."""
+    function = program.function
+    if torch.autograd.profiler._is_profiler_enabled:
+        from hesscale_fx.inspect.profiling import named
+
+        function = named(program.graph)
+    assert function is not None
+    return function
 
 
 class HesScaleModule(fx.GraphModule):
@@ -199,7 +230,8 @@ class HesScaleModule(fx.GraphModule):
         program.code = code.src
         program.function = scope["forward"]
         program.asserts = any(
-            n.target == torch.ops.aten._assert_async.msg for n in program.graph.nodes
+            n.target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
+            for n in program.graph.nodes
         )
         return code
 
@@ -296,28 +328,40 @@ class HesScaleModule(fx.GraphModule):
                 return self._exact(program, tensors, args, kwargs)
             if torch.compiler.is_compiling():
                 return Result(*program.function(self, *tensors))  # type: ignore[misc]
-            function = program.function
-            if torch.autograd.profiler._is_profiler_enabled:
-                from hesscale_fx.inspect.profiling import named
-
-                function = named(program.graph)
-            assert function is not None
             if not program.asserts:
-                return Result(*function(self, *tensors))
-            return self._run_asserting(function, tensors)
+                return Result(*callable_of(program)(self, *tensors))
+            return self._run_asserting(program, tensors, args, kwargs)
 
-    def _run_asserting(self, function: Callable, tensors: list[Any]) -> Result:
-        """Run a graph that asserts the decisions it has fixed."""
-        try:
-            return Result(*function(self, *tensors))
-        except RuntimeError as error:
-            if MESSAGE not in str(error):
-                raise
-            raise CallError(
-                "A check of tensor values inside torch (of a loss or a distribution) comes out "
-                f"otherwise in this call than at capture, where {str(error).split(': ')[-1]}: the "
-                "arguments are invalid, or the model must be transformed again with such ones."
-            ) from None
+    def _run_asserting(
+        self, program: Program, tensors: list[Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> Result:
+        """Run a graph that asserts what it has fixed; where that does not hold, another one."""
+        state = State.of(self._model)
+        tried: list[Program] = []
+        captured = False
+        while True:
+            random = RandomState.now()
+            try:
+                return Result(*callable_of(program)(self, *tensors))
+            except RuntimeError as error:
+                if MESSAGE not in str(error):
+                    raise
+                fixed = str(error).split(f"{MESSAGE}: ")[-1].splitlines()[0]
+            random.restore()
+            tried.append(program)
+            others = [p for p in reversed(self._programs.values()) if p not in tried]
+            serving = [p for p in others if self._serves(p, args, kwargs, state)[0] is None]
+            if serving:
+                program = serving[0]
+                self._activate(program)
+            elif self._lazy and not captured:
+                with torch.enable_grad():
+                    program, tensors = self._capture(args, kwargs)
+                captured = True
+            else:
+                raise CallError(
+                    f"What the capture fixed does not hold in this call: {fixed}. " + RETRANSFORM
+                )
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute as a call does, and add the result to ``p.grad`` and ``p.hesscale``.
@@ -439,7 +483,7 @@ class HesScaleModule(fx.GraphModule):
         losses, start = self._losses(program, tensors, args, kwargs, before)
         try:
             diagonal = {
-                name: exact_diagonal(losses, state, {n: start[n] for n in out.grads}, name)
+                name: exact_diagonal(losses[::-1], state, {n: start[n] for n in out.grads}, name)
                 for name in out.grads
             }
         finally:

@@ -38,11 +38,21 @@ class Report(Mapping[str, Entry]):
 
     What is called exact equals the Hessian diagonal (for ``"hesscale_gn"`` that of the generalized
     Gauss-Newton matrix) to rounding; what is called approximate may be exact all the same.
+
+    Attributes:
+        of: ``"Hessian"`` or ``"Gauss-Newton"``.
+        way: how the graph was captured, e.g. ``"torch.export"``.
+        fixed: what the capture had to fix of values that come from data, with the source line;
+            each is checked at every call.
     """
 
-    def __init__(self, entries: dict[str, Entry], of: str) -> None:
+    def __init__(
+        self, entries: dict[str, Entry], of: str, way: str = "", fixed: tuple[str, ...] = ()
+    ) -> None:
         self._entries = entries
         self.of = of
+        self.way = way
+        self.fixed = fixed
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -60,6 +70,10 @@ class Report(Mapping[str, Entry]):
             for name, e in self._entries.items()
         ]
         head = f"{self.of}: {exact} of {len(self)} diagonals are exact"
+        if self.way:
+            head += f"; captured by {self.way}"
+        if self.fixed:
+            head += "\nfixed, and checked at each call:\n  " + "\n  ".join(self.fixed)
         return head + "\n" + table(("parameter", "diagonal", "off-diagonal part dropped at"), rows)
 
     __repr__ = __str__

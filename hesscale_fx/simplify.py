@@ -299,7 +299,8 @@ def same_layout(node: fx.Node, first: fx.Node) -> bool:
     if node.target is aten.sum.dim_IntList:
         dims: Any = node.args[1]
         value = first.meta["val"]
-        return all(isinstance(value.shape[d], int) and value.shape[d] == 1 for d in dims)
+        sizes = [value.shape[d] for d in dims] if value.dim() else []
+        return all(isinstance(size, int) and size == 1 for size in sizes)
     return same_type(node, first)
 
 
@@ -323,11 +324,13 @@ def merge(node: fx.Node, seen: dict[Any, fx.Node]) -> fx.Node | None:
 
 def from_the_front(node: fx.Node) -> tuple:
     """The arguments with dimensions counted from the front, so that -1 and 1 may be the same."""
-    x, dims, *rest = node.args
+    x: Any = node.args[0]
+    dims: Any = node.args[1]
     rank = x.meta["val"].dim() if isinstance(x, fx.Node) else 0
     if not rank or not isinstance(dims, (int, list, tuple)):
         return node.args
-    return (x, dims % rank if isinstance(dims, int) else [d % rank for d in dims], *rest)
+    dims = dims % rank if isinstance(dims, int) else [d % rank for d in dims]
+    return (x, dims, *node.args[2:])
 
 
 def freeze(value: Any) -> Any:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
-    decompose,
     get_proxy_slot,
     track_tensor_tree,
 )
@@ -44,8 +44,8 @@ class Tracer:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Every ATen call inside becomes a node; nothing is computed."""
-        table = {torch.ops.aten.constant_pad_nd.default: crop_or_pad}
-        with self._fake_mode, self._mode, decompose(table), torch.no_grad():
+        # The Python dispatcher has formulas for symbolic sizes where the kernels bake them in.
+        with self._fake_mode, enable_python_dispatcher(), self._mode, torch.no_grad():
             yield
 
     @contextmanager
@@ -138,16 +138,3 @@ def kind_of(node: fx.Node) -> Any:
         return (value.dtype, value.device, tuple(map(str, layout)))
     return str(value)
 
-
-def crop_or_pad(x: torch.Tensor, pad: list[int], value: float = 0) -> torch.Tensor:
-    """Autograd's formula of padding crops by negative padding, which symbolic sizes do not take."""
-    if not all(isinstance(p, int) and p <= 0 for p in pad):
-        return NotImplemented
-    for i in range(0, len(pad), 2):
-        dim = x.dim() - 1 - i // 2
-        x = (
-            torch.ops.aten.slice.Tensor(x, dim, -pad[i], x.shape[dim] + pad[i + 1])
-            if pad[i] or pad[i + 1]
-            else x
-        )
-    return x

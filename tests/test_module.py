@@ -789,3 +789,14 @@ def test_the_graph_exports_and_runs_elsewhere():
     assert relative_error(hess["fc1.weight"], want.hess_diag["fc1.weight"]) < 1e-6
     kinds = {n.target.namespace for n in exported.graph.nodes if hasattr(n.target, "namespace")}
     assert kinds <= {"aten", "prims"}
+
+
+def test_a_batch_that_equals_another_size_stays_free():
+    def model(x):
+        padded = torch.nn.functional.pad(torch.tanh(x), (1, 0))  # a kernel that wants numbers
+        return (padded[:, :3] * padded[:, 1:]).square().mean()
+
+    x = torch.randn(3, 3, dtype=torch.float64)
+    hs = hesscale_fx.transform(model, None, (x,), wrt="inputs")
+    y = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(hs(y).loss, model(y))

@@ -25,6 +25,7 @@ from torch import fx
 
 from hesscale_fx.analysis.units import Partition, Unit, is_part, operands_of
 from hesscale_fx.structures import table
+from hesscale_fx.structures.columns import Estimate
 
 aten = torch.ops.aten
 
@@ -175,6 +176,8 @@ class Exactness:
             return self._pull_region(unit, outputs, position)
         node = unit.inputs[position][0]
         result = State(coupled=set())
+        if isinstance(unit.rule, Estimate):
+            result = State(False, set(), {unit.call: None})
         for output, state in zip(unit.outputs, outputs, strict=True):
             if self._partition.is_flat(output):
                 if not self._partition.is_linear(unit.call):
@@ -334,8 +337,10 @@ def lowest(bits: int) -> int:
 
 
 def rank(node: fx.Node) -> int:
+    """Dimensions of a tensor, a complex one seen as pairs of real numbers."""
     value = node.meta["val"]
-    return value.dim() if isinstance(value, torch.Tensor) else value[0].dim()
+    value = value if isinstance(value, torch.Tensor) else value[0]
+    return value.dim() + value.is_complex()
 
 
 def all_dims(node: fx.Node) -> set[int]:
@@ -386,7 +391,7 @@ def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
     same = {d: d for d in range(y)}
     target = call.target
     unknown = Passage(all_dims(output), {}, all_dims(node))
-    if operands_of(call).count(node) > 1:
+    if operands_of(call).count(node) > 1 or table.any_complex((call.args, output)):
         return unknown
     if target is aten.linear.default and rank(args[1]) == 2:
         return _linear(y, x, args[0] is node, args[1] is node)

@@ -29,7 +29,7 @@ from torch import fx
 from hesscale_fx import structures
 from hesscale_fx.analysis.axes import Axes, AxesError
 from hesscale_fx.analysis.cancel import find_cancelled
-from hesscale_fx.structures import table
+from hesscale_fx.structures import Structure, table
 from hesscale_fx.structures.region import Region, reduction
 
 
@@ -45,6 +45,7 @@ class Unit:
     inputs: list[tuple[fx.Node, Unit | None]]
     outputs: list[fx.Node]
     region: Region | None = None  # else nodes[0] is the one call
+    fallback: Structure | None = None  # what serves a call that has no structure of its own
     levels: list[int] = field(default_factory=list)
 
     @property
@@ -52,11 +53,16 @@ class Unit:
         return self.nodes[0]
 
     @property
+    def rule(self) -> Structure | None:
+        """The structure of a unit of one call, or None if it has none."""
+        call = self.call
+        return self.fallback or structures.structure_of(call.target, call.args, call.kwargs)
+
+    @property
     def structure(self) -> str:
         if self.region is not None:
             return self.region.name
-        found = structures.structure_of(self.call.target, self.call.args, self.call.kwargs)
-        return found.name if found is not None else "unknown"
+        return self.rule.name if self.rule is not None else "unknown"
 
 
 def is_region_node(node: fx.Node) -> bool:
@@ -66,6 +72,7 @@ def is_region_node(node: fx.Node) -> bool:
         and isinstance(value, torch.Tensor)
         and value.is_floating_point()
         and table.is_region(node.target)
+        and not table.any_complex((node.args, node.kwargs))
     )
 
 

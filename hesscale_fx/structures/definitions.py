@@ -19,6 +19,8 @@ DEFINITIONS: dict[Any, Callable[..., Any]] = {}
 # Definitions that replace the operator at capture: they contain contractions or selections, which
 # a region does not.
 AT_CAPTURE: dict[Any, Callable[..., Any]] = {}
+# Of those, the ones that models repeat so often that they are written in after the others.
+REPEATED = {aten.scaled_dot_product_attention.default}
 # Their definition reads other outputs of the call (a drawn mask), passed as the keyword `saved`.
 READS_OUTPUTS: set[Any] = set()
 # Their definition holds for some calls only; asked with the call's arguments.
@@ -137,16 +139,26 @@ def vector_norm(
     x = cast(x, dtype)
     dims = dims_of(x, dim)
     if ord == float("inf"):
-        return squeeze(x.abs().amax(dims, keepdim=True), dims, keepdim)
+        return squeeze(absolute(x).amax(dims, keepdim=True), dims, keepdim)
     if ord == -float("inf"):
-        return squeeze(x.abs().amin(dims, keepdim=True), dims, keepdim)
+        return squeeze(absolute(x).amin(dims, keepdim=True), dims, keepdim)
     if ord == 0:
         return squeeze(total((x != 0).to(x.dtype), dims), dims, keepdim)
     if ord == 1:
-        return squeeze(total(x.abs(), dims), dims, keepdim)
+        return squeeze(total(absolute(x), dims), dims, keepdim)
     if ord == 2:
         return squeeze(total(x * x, dims).sqrt(), dims, keepdim)
-    return squeeze(total(x.abs().pow(ord), dims).pow(1 / ord), dims, keepdim)
+    return squeeze(total(absolute(x).pow(ord), dims).pow(1 / ord), dims, keepdim)
+
+
+@defines(aten.dist.default)
+def dist(x: Tensor, y: Tensor, p: Any = 2) -> Tensor:
+    return vector_norm(x - y, p)
+
+
+@defines(aten._cdist_forward.default)
+def cdist(x: Tensor, y: Tensor, p: float, compute_mode: int | None) -> Tensor:
+    return vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
 
 
 @defines(aten.norm.ScalarOpt_dim)
@@ -227,7 +239,11 @@ def group_norm(
 def native_group_norm(
     x: Tensor, weight: Any, bias: Any, n: Any, c: Any, hw: Any, groups: int, eps: float
 ) -> Any:
-    return group_norm(x, groups, weight, bias, eps), None, None
+    rows = x.reshape([x.shape[0], groups, -1])
+    d, v = moments(rows, [2])
+    rstd = (v + eps).rsqrt()
+    y = affine((d * rstd).reshape(x.shape), per_channel(weight, x), per_channel(bias, x))
+    return y, rows.mean(2), rstd.squeeze(2)
 
 
 def batch_statistics(x: Tensor) -> list[int]:
@@ -371,7 +387,7 @@ def attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     # The queries are fewer than the scores.
-    scores = (query * factor) @ key.transpose(-2, -1)
+    scores = batched_product(query * factor, key.transpose(-2, -1))
     if is_causal:
         rows = torch.arange(query.shape[-2], device=query.device)
         columns = torch.arange(key.shape[-2], device=query.device)
@@ -384,8 +400,16 @@ def attention(
     # Without a mask of the user's no row is masked whole.
     weights = scores.softmax(-1) if attn_mask is None else safe_softmax(scores)
     if dropout_p > 0:
-        weights = torch.dropout(weights, dropout_p, True)
-    return weights @ value
+        weights = aten.native_dropout(weights, dropout_p, True)[0]
+    return batched_product(weights, value)
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; equal leading sizes need none of matmul's questions to symbolic shapes."""
+    if a.dim() < 3 or a.shape[:-2] != b.shape[:-2]:
+        return a @ b
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3))
+    return product.reshape(*a.shape[:-1], b.shape[-1])
 
 
 def safe_softmax(scores: Tensor) -> Tensor:
@@ -412,6 +436,29 @@ def rrelu_composite(
         return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
     noise = torch.empty_like(x)
     return aten.rrelu_with_noise_functional(x, noise, lower, upper, training)[0]
+
+
+def copied(view: Any) -> Callable[..., Any]:
+    def copy_of(*args: Any, **kwargs: Any) -> Any:
+        found = view(*args, **kwargs)
+        return found.clone() if isinstance(found, Tensor) else [v.clone() for v in found]
+
+    return copy_of
+
+
+for _name in (
+    "alias", "as_strided", "diagonal", "expand", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "view_as_real", "view_as_complex",
+):  # fmt: skip
+    _view, _copy = getattr(aten, _name), getattr(aten, f"{_name}_copy")
+    for _overload in set(_view.overloads()) & set(_copy.overloads()):
+        defines(getattr(_copy, _overload), at_capture=True)(copied(getattr(_view, _overload)))
+
+
+@defines(aten.narrow_copy.default, at_capture=True)
+def narrow_copy(x: Tensor, dim: int, start: Any, length: Any) -> Tensor:
+    return x.narrow(dim, start, length).clone()
 
 
 @defines(aten.copy.default, at_capture=True)
@@ -446,22 +493,3 @@ def baddbmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -
 @defines(aten.addr.default, at_capture=True)
 def addr(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     return scaled_sum(beta, a, alpha, b.unsqueeze(1) * c)
-
-
-def reduced(loss: Tensor, reduction: int) -> Tensor:
-    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
-
-
-@defines(aten.multilabel_margin_loss.default, at_capture=True)
-def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    rows = x if x.dim() == 2 else x.unsqueeze(0)
-    labels = target if x.dim() == 2 else target.unsqueeze(0)
-    classes = torch.arange(rows.shape[1], device=x.device)
-    # Labels count up to the first -1 of their row.
-    valid = (labels < 0).to(torch.int64).cumsum(1) == 0
-    is_target = ((labels.unsqueeze(2) == classes) & valid.unsqueeze(2)).any(1)
-    picked = rows.gather(1, labels.clamp(min=0)).unsqueeze(2)
-    hinge = (1 - picked + rows.unsqueeze(1)).clamp(min=0)
-    counted = valid.unsqueeze(2) & ~is_target.unsqueeze(1)
-    loss = (hinge * counted.to(x.dtype)).sum((1, 2)) / rows.shape[1]
-    return reduced(loss if x.dim() == 2 else loss.squeeze(0), reduction)

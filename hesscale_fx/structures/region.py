@@ -253,9 +253,7 @@ class RegionAt:
                 weights.append((self._linearized(node, False), adjoint))
         return weights
 
-    def _adjoint_terms(
-        self, node: fx.Node, weights: list[tuple[Function, Tensor]]
-    ) -> list[Tensor]:
+    def _adjoint_terms(self, node: fx.Node, weights: list[tuple[Function, Tensor]]) -> list[Tensor]:
         """What sums to dL/dr of a reduction, given the weights of all that follows it."""
         terms = [mul(self._first(f, node), weight) for f, weight in weights]
         return [t for t in terms if t is not None]

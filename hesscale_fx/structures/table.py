@@ -15,6 +15,7 @@ from torch import Tensor
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
+from hesscale_fx.structures.columns import Columns
 from hesscale_fx.structures.contraction import Contraction, Trilinear, trilinear
 from hesscale_fx.structures.ctc import CTC, recursion
 from hesscale_fx.structures.selection import (
@@ -75,7 +76,8 @@ SELECTION += [
     aten.index.Tensor, aten.split.Tensor, aten.scatter.src, aten.scatter.value,
     aten.repeat_interleave.self_int,
     aten.repeat_interleave.self_Tensor, aten.median.dim,
-    aten.nanmedian.dim,
+    aten.nanmedian.dim, aten.max_pool2d_with_indices_backward.default,
+    aten.as_strided_scatter.default,
 ]  # fmt: skip
 
 CONTRACTION = [
@@ -86,7 +88,8 @@ MULTILINEAR = packets("prod", "cumprod")
 
 # Unlike along one dimension, the median of all shares its derivative among ties.
 MANY_TO_ONE = [
-    *packets("nll_loss_forward", "nll_loss2d_forward"), aten.median.default, aten.nanmedian.default,
+    *packets("nll_loss_forward", "nll_loss2d_forward", "frexp"), aten.median.default,
+    aten.nanmedian.default,
 ]  # fmt: skip
 # As a maximum here does.
 TIES = packets("scatter_reduce")
@@ -108,6 +111,16 @@ def reduces_linearly(args: tuple, kwargs: dict[str, Any]) -> bool:
     return (args[4] if len(args) > 4 else kwargs["reduce"]) in ("sum", "mean", "amax", "amin")
 
 
+def adds_or_chooses(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return args[1] in ("sum", "mean", "max", "min")
+
+
+def pair_distances(x: Tensor, p: float = 2) -> Tensor:
+    """The norms of the differences of all pairs of rows."""
+    i, j = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
+    return definitions.vector_norm(x[i] - x[j], p, 1)
+
+
 SCALED = {op: ScaledSelection(pool_scale) for op in packets("avg_pool2d", "avg_pool3d")}
 SEPARABLE = {
     **{op: Separable(1) for op in packets("upsample_linear1d")},
@@ -122,6 +135,38 @@ SEPARABLE = {
     aten.upsample_bicubic2d.vec: Separable(2),
     **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
 }  # fmt: skip
+
+# Linear, and dense: a transform along its dimensions.
+LINEAR_MAPS = packets(
+    *(
+        f"fft_{kind}{dims}"
+        for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
+        for dims in ("", "2", "n")
+    ),
+    "_fft_c2c", "_fft_r2c", "_fft_c2r", "stft", "istft", "trapezoid", "trapz",
+    "cumulative_trapezoid",
+)  # fmt: skip
+# Functions of each matrix of a batch.
+OF_MATRICES = packets(
+    "cholesky", "cholesky_inverse", "cholesky_solve", "linalg_cholesky", "linalg_cholesky_ex",
+    "linalg_det", "_linalg_det", "linalg_slogdet", "_linalg_slogdet", "logdet", "slogdet",
+    "linalg_inv", "linalg_inv_ex", "inverse", "linalg_eigh", "_linalg_eigh", "linalg_eigvalsh",
+    "linalg_eig", "linalg_eigvals", "linalg_svd", "_linalg_svd", "linalg_svdvals", "svd",
+    "linalg_pinv", "pinverse", "linalg_matrix_exp", "matrix_exp", "linalg_matrix_power",
+    "matrix_power", "linalg_qr", "qr", "linalg_householder_product", "orgqr", "ormqr",
+    "linalg_lu", "linalg_lu_factor", "linalg_lu_factor_ex", "lu_unpack", "linalg_lu_solve",
+    "lu_solve", "linalg_solve", "linalg_solve_ex", "_linalg_solve_ex",
+    "linalg_solve_triangular", "triangular_solve", "linalg_cond", "linalg_matrix_norm",
+    "nuclear_norm", "linalg_lstsq", "geqrf", "_lu_with_info",
+)  # fmt: skip
+# Functions of a whole tensor that no rule of a row or a contraction gives: products of several
+# matrices or of one with itself, products by index, differences between all pairs of rows.
+OF_TENSORS = packets(
+    "linalg_multi_dot", "chain_matmul", "linalg_tensorinv", "linalg_tensorsolve", "cov",
+    "corrcoef", "linalg_vander", "logcumsumexp", "index_reduce", "scatter_reduce",
+    "quantile", "nanquantile", "grid_sampler_2d", "grid_sampler_3d",
+    "renorm",
+)  # fmt: skip
 
 # One of ours, and one that torch cannot trace with symbolic sizes.
 IMPLEMENTATIONS: dict[Any, Callable] = {
@@ -141,6 +186,16 @@ TABLE: dict[Any, Structure] = {
     torch.ops.hesscale_fx.ctc_loss.default: CTC(),
     **SCALED,
     **SEPARABLE,
+    **{op: Columns(linear=True, name="linear map") for op in LINEAR_MAPS},
+    **{op: Columns(core=2) for op in OF_MATRICES},
+    **{op: Columns() for op in OF_TENSORS if op not in TIES},
+    **{op: Columns(linear=True, accepts=adds_or_chooses) for op in packets("segment_reduce")},
+    **{op: Columns(implementation=pair_distances) for op in packets("_pdist_forward")},
+    # Linear but for kinks, in each row alone.
+    **{
+        op: Columns(core=1, linear=True)
+        for op in packets("multilabel_margin_loss", "multilabel_margin_loss_forward")
+    },
 }
 
 # Bijections of elements and broadcasts: regions see through them.
@@ -151,6 +206,10 @@ VIEWS = {
     ),
     aten.view.default,
 }  # fmt: skip
+# Between complex numbers and pairs of real ones.
+COMPLEX_SELECTION = {
+    aten._to_copy.default, *packets("view_as_real", "view_as_complex", "complex", "real", "imag"),
+}  # fmt: skip
 # Identities in value: they change memory or dtype only.
 IDENTITIES = set(packets("clone", "_to_copy", "alias"))
 REDUCTIONS = {
@@ -160,7 +219,7 @@ REDUCTIONS = {
 # Pointwise in fact, though without the tag.
 POINTWISE = {
     aten.masked_fill.Scalar, aten.where.self, aten.where.Scalar, aten.where.ScalarSelf,
-    aten.where.ScalarOther, *packets("rsub"),
+    aten.where.ScalarOther, *packets("rsub", "polar"),
 }  # fmt: skip
 
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
@@ -173,7 +232,7 @@ CONSTANT = set(
     packets(
         "detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
         "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "bernoulli",
-        "multinomial", "sym_size", "item", "_local_scalar_dense",
+        "multinomial", "normal", "sym_size", "item", "_local_scalar_dense",
     )
 )  # fmt: skip
 
@@ -188,6 +247,8 @@ def is_pointwise(op: Any) -> bool:
 
 def definition_of(op: Any, args: tuple = (), kwargs: Any = None) -> Callable | None:
     """An operator written out; asked with the arguments of a call where not all have one."""
+    if any_complex((args, kwargs)):
+        return None
     accepts = definitions.ACCEPTS.get(op)
     if accepts is not None and args and not accepts(*args, **(kwargs or {})):
         return None
@@ -217,12 +278,36 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
     """The structure of a call of an operator that is a unit of its own, or None."""
     # A view that regions cannot see through, its sizes having no common factors.
     structure = Selection() if op in VIEWS else TABLE.get(op)
+    if structure is None and op in COMPLEX_SELECTION:
+        return Selection()
+    if structure is None and is_pointwise(op):  # between real and complex numbers
+        return Columns(core=0)
+    if any_complex((args, kwargs)) and not isinstance(structure, (Selection, Columns)):
+        return complex_structure(op)
     accepts = getattr(structure, "accepts", None)
-    return structure if accepts is None or accepts(args, kwargs or {}) else None
+    if accepts is None or accepts(args, kwargs or {}):
+        return structure
+    return Columns()
+
+
+def any_complex(tree: Any) -> bool:
+    """Whether a call has complex numbers among its arguments (values, or nodes of them)."""
+    values = (getattr(v, "meta", {}).get("val", v) for v in torch.utils._pytree.tree_leaves(tree))
+    return any(v.is_complex() if isinstance(v, Tensor) else isinstance(v, complex) for v in values)
+
+
+def complex_structure(op: Any) -> Structure | None:
+    """Of an operator on complex numbers, as pairs of real ones."""
+    if op in (aten.sum.default, aten.sum.dim_IntList):
+        return Selection()
+    if is_pointwise(op):
+        return Columns(core=0)
+    return Columns() if op in TABLE or op in REDUCTIONS else None
 
 
 def is_known(op: Any) -> bool:
-    return op in TABLE or definition_of(op) is not None or is_region(op) or op in CONSTANT
+    known = op in TABLE or op in CONSTANT or op in COMPLEX_SELECTION
+    return known or definition_of(op) is not None or is_region(op)
 
 
 NAMED: dict[str, Structure] = {
