@@ -85,7 +85,9 @@ class Samples(StayApart):
                 met = any((n, unit) in self._after for n in unit.outputs)
                 found.append("met" if met else "rows")
             else:
-                found.append("own" if self.is_own(unit, position) else "shared")
+                plain = len(unit.outputs) == 1 and self._is_plain(slot)
+                use = "once" if plain else "shared"
+                found.append("own" if self.is_own(unit, position) else use)
         return tuple(found)
 
     def _combined(self, units: list[Unit]) -> set[Slot]:

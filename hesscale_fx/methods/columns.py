@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.methods.base import Flow, Method, Output, Place, sums
-from hesscale_fx.methods.persample import pull_columns, spread_out, squares
+from hesscale_fx.methods.persample import pull_columns, spread_out, squares, squares_per_sample
 from hesscale_fx.structures import Evaluation
 from hesscale_fx.structures.base import add, wide
 
@@ -49,6 +49,8 @@ class Columns(Method):
             found = at.squared_vjp(total)
             uses = zip(place.uses, passed, found, strict=True)
             passed = [f if use == "own" else p for use, p, f in uses]
+        if "once" in place.uses and any(u is not None for u in y["columns"]):
+            passed = sums(passed, squares_per_sample(at, y["columns"], place))
         if not self.curved and place.inside:
             return passed
         return sums(passed, at.curvature(y["grad"]))

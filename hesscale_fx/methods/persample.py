@@ -11,7 +11,11 @@ from torch import Tensor
 
 from hesscale_fx.methods.base import Output, Place
 from hesscale_fx.structures import Evaluation
-from hesscale_fx.structures.base import Tensors, add, widen
+from hesscale_fx.structures.base import Tensors, add, several, widen
+
+
+# Columns are squared for each sample in so many parts, lest all of them are there at once.
+CHUNKS = 8
 
 
 def squares(u: Tensor | None) -> Tensor | None:
@@ -25,8 +29,7 @@ def squares(u: Tensor | None) -> Tensor | None:
 def pull_columns(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | None]:
     """``J^T u`` for every column; where a tensor without samples is used by samples, for each.
 
-    Inputs that a unit uses once in a sample get None: their squares are those of u, and flow with
-    the squares.
+    Inputs of use ``"own"`` and ``"once"`` get None: their squares flow in their place.
     """
     result: list[Tensor | None] = [None] * len(place.uses)
     inner = [None if rows is not None else v for v, rows in zip(u, place.rows, strict=True)]
@@ -61,11 +64,41 @@ def per_sample(
     at: Evaluation, u: Tensors, rows: tuple[tuple[int, int] | None, ...], wanted: list[bool]
 ) -> list[Tensor | None]:
     """``J^T u`` for every column and sample: all but one sample of u are zero in each."""
+    quick = quickly(at, u, rows, wanted)
+    if quick is not None:
+        return quick
     apart = [
         None if v is None or place is None else select_samples(v, *place)
         for v, place in zip(u, rows, strict=True)
     ]
     return batched(at, apart, wanted)
+
+
+def quickly(
+    at: Evaluation, u: Tensors, rows: tuple[tuple[int, int] | None, ...], wanted: list[bool]
+) -> list[Tensor | None] | None:
+    """The same where the unit has a rule for each sample, or None."""
+    rule = getattr(at, "per_sample", None)
+    if rule is None or len(u) != 1 or u[0] is None or rows[0] is None:
+        return None
+    place = rows[0]
+    found = several(lambda one: rule(one, *place), [u[0]])
+    if any(w and f is None for w, f in zip(wanted, found, strict=True)):
+        return None
+    return [f.flatten(0, 1) if f is not None and w else None for w, f in zip(wanted, found)]
+
+
+def squares_per_sample(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | None]:
+    """Squares of ``J^T u`` summed over columns and samples, for inputs of use ``"once"``."""
+    wanted = [use == "once" for use in place.uses]
+    result: list[Tensor | None] = [None] * len(wanted)
+    columns = next(v.shape[0] for v in u if v is not None)
+    step = -(-columns // CHUNKS) if isinstance(columns, int) else columns
+    for k in range(0, columns, step) if isinstance(columns, int) else (0,):
+        chunk = [None if v is None else v[k : k + step] for v in u]
+        found = per_sample(at, chunk, place.rows, wanted)
+        result = [add(r, squares(f)) for r, f in zip(result, found, strict=True)]
+    return result
 
 
 def select_samples(u: Tensor, dim: int, inner: int) -> Tensor:

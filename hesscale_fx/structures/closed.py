@@ -26,6 +26,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, add, mul, widen
+from hesscale_fx.structures.persample import split
 
 aten = torch.ops.aten
 
@@ -220,6 +221,14 @@ class LayerNorm(Normalization):
         _, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
         self.r, self.w = per_row(r, x.shape, self.rows), weight
         self.z = (x - per_row(mean, x.shape, self.rows)) * self.r
+
+
+    def per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
+        if u[0] is None or dim in self.rows:
+            return [None] * len(self.call.active)
+        first = split(widen(u[0]), dim, inner).flatten(1, len(self.affine))
+        z = split(self.z, dim, inner).flatten(1, len(self.affine))
+        return self._by_operand({1: (first * z).sum(1), 2: first.sum(1)})
 
 
 @closed_form(aten.group_norm.default)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, widen
+from hesscale_fx.structures.persample import call_per_sample
 
 
 def squared(value: Any) -> Any:
@@ -48,6 +49,9 @@ class ContractionAt:
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
         return [None] * len(self.call.active)
+
+    def per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
+        return call_per_sample(self.call, u, dim, inner)
 
 
 @dataclass(frozen=True)
