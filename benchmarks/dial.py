@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict] = {
     "columns=1": {"columns": 1},
     "columns=4": {"columns": 4},
     'columns="exact"': {"columns": "exact"},
-    # "calibrated": {"calibrate": True},
+    "calibrated": {"calibrate": True},
     "GGN": {"method": "ggn"},
 }
 
@@ -149,11 +149,10 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
 def times(rounds: int) -> dict[str, dict[str, float]]:
     """Time of a call over plain HesScale's, median of rounds in turns."""
     rows = {}
-    for name in ("mlp", "gpt"):
+    for name in ("mlp-4x1024", "gpt"):
         work = WORKLOADS[name]()
-        args = (*work.inputs, *work.targets)
         calls = {
-            label: hesscale_fx.transform(work.model, work.loss, args, **options)
+            label: hesscale_fx.transform(work.model, work.loss, work.args, **options)
             for label, options in {
                 "HesScale": {},
                 "columns=1": {"columns": 1},
@@ -165,7 +164,7 @@ def times(rounds: int) -> dict[str, dict[str, float]]:
             for label, call in calls.items():
                 start = time.perf_counter()
                 for _ in range(10 if "calibrate" in label else 1):
-                    call(*args)
+                    call(*work.args)
                 count = 10 if "calibrate" in label else 1
                 taken[label].append((time.perf_counter() - start) / count)
         medians = {label: statistics.median(t[1:]) for label, t in taken.items()}

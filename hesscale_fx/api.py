@@ -33,14 +33,15 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.evaluate import Native
 from hesscale_fx.lossroot import tail_of
-from hesscale_fx.methods import Method, make_method
+from hesscale_fx.methods import Calibrated, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
-from hesscale_fx.names import source_name
+from hesscale_fx.names import CALIBRATION, source_name
 from hesscale_fx.random import Signs
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 from hesscale_fx.stages import Stages, log
 from hesscale_fx.structures import Structure
+from hesscale_fx.structures.base import wide
 from hesscale_fx.structures.columns import LARGE, Columns, Estimate
 
 # What serves a call whose operator has no structure.
@@ -64,6 +65,7 @@ def transform(
     columns: int | str | None = None,
     samples: int | None = None,
     generator: torch.Generator | None = None,
+    calibrate: bool | int | None = None,
     fallback: str | None = None,
 ) -> HesScaleModule:
     """Give a module that returns loss, gradients and Hessian diagonals in one graph.
@@ -117,7 +119,7 @@ def transform(
         >>> hess_diag["0.weight"].shape
         torch.Size([8, 4])
     """
-    asked = {"columns": columns, "samples": samples, "generator": generator}
+    asked = {"columns": columns, "samples": samples, "generator": generator, "calibrate": calibrate}
     options = {name: value for name, value in asked.items() if value is not None}
     builder = Builder(model, loss, method, wrt, dynamic, fallback, options)
     hs = HesScaleModule(builder.model, builder.step.loss, builder, lazy=example_inputs is None)
@@ -153,6 +155,7 @@ class Builder:
             )
         self.method = make_method(method, options or {})
         self.generator: torch.Generator | None = (options or {}).get("generator")
+        self.calibrate = int((options or {}).get("calibrate", 0))
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
         self.model, self.prefix = as_module(model)
@@ -163,7 +166,7 @@ class Builder:
         self.step = Step(self.model, loss)
         self._built = 0
         self.names = self._parameter_names()
-        self._selected()  # complain about `wrt` now, not at the first call
+        self.selected = self._selected()  # complain about `wrt` now, not at the first call
 
     def _parameter_names(self) -> dict[str, tuple[str, nn.Parameter]]:
         """User's name -> (name within `step`, parameter), tied ones once."""
@@ -238,6 +241,9 @@ class Builder:
                     program = self.compile(captured, stages)
                 if not serves(program.signature, args, kwargs):
                     continue  # a batch of one is captured as two; a rule has fixed it since
+                if isinstance(self.method, Calibrated) and self.calibrate > 1:
+                    kept = replace(self.method, refresh=False)
+                    program.between = self.compile(captured, stages, kept)
                 stages.total()
                 return program
             except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
@@ -247,12 +253,31 @@ class Builder:
                 reason = error
         raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
-    def compile(self, captured: Captured, stages: Stages) -> Program:
-        """Analyse and emit."""
-        outputs = self._outputs(captured)
-        if self.method.needs_boundary and not captured.boundary:
+    def factors(self) -> torch.Tensor | None:
+        """Factors of a calibrated method, all 1, one a parameter that is differentiated."""
+        if not isinstance(self.method, Calibrated):
+            return None
+        if self.wants_inputs:
             raise InvalidArgumentError(
-                f"method={self.method.name!r} treats the model and the loss differently, but no "
+                "calibrate= keeps a factor for each parameter; wrt='inputs' has none. Use columns=."
+            )
+        if CALIBRATION in dict(self.model.named_buffers()) or hasattr(self.model, CALIBRATION):
+            raise InvalidModelError(
+                f"The model has an attribute {CALIBRATION!r}, which calibrate= needs for its "
+                "factors. Rename it."
+            )
+        first = self.names[self.selected[0]][1]
+        return torch.ones(len(self.selected), dtype=wide(first.dtype), device=first.device)
+
+    def compile(
+        self, captured: Captured, stages: Stages, method: Method | None = None
+    ) -> Program:
+        """Analyse and emit."""
+        method = method or self.method
+        outputs = self._outputs(captured)
+        if method.needs_boundary and not captured.boundary:
+            raise InvalidArgumentError(
+                f"method={method.name!r} treats the model and the loss differently, but no "
                 "loss was given. Pass it: transform(model, loss), or mark the model's output "
                 "with hesscale_fx.output(z)."
             )
@@ -270,13 +295,12 @@ class Builder:
             loss,
             active,
             primitives.source,
-            inside if self.method.needs_boundary else None,
+            inside if method.needs_boundary else None,
         )
         check_supported(partition, primitives.source, self.fallback)
         stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
         stages.done("exactness")
-        method = self.method
         samples, tail = None, None
         boundary = [primitives.of[n] for n in captured.boundary]
         if method.needs_samples:
@@ -314,14 +338,14 @@ class Builder:
             linear,
         )
         graph = emission.run(outputs)
-        stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
+        stages.done("emission", f"{len(graph.nodes)} nodes, method {method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(self.method, outputs, primitives, exact, captured),
+            report=report_of(method, outputs, primitives, exact, captured),
             captured=captured,
             primitives=primitives,
             units=partition.units,

@@ -29,8 +29,8 @@ from hesscale_fx.capture import Captured, Leaf
 from hesscale_fx.errors import UnsupportedOperatorError, source_line
 from hesscale_fx.evaluate import Native, evaluate
 from hesscale_fx.lossroot import Tail
-from hesscale_fx.methods import Hutchinson, Method, Output, Place
-from hesscale_fx.names import Origin, annotate, rename
+from hesscale_fx.methods import Calibrated, Hutchinson, Method, Output, Place
+from hesscale_fx.names import CALIBRATION, Origin, annotate, rename
 from hesscale_fx.recompute import Recomputed
 from hesscale_fx.simplify import Constants, simplify
 from hesscale_fx.structures.base import wide, zero_test
@@ -72,6 +72,8 @@ class Emission:
         self._samples = samples
         self._tail = tail
         self._linear = linear or set()
+        self._factors: list[fx.Node] = []  # of a calibrated method, one a result
+        self._position: dict[fx.Node, int] = {}  # differentiated leaf -> its place among them
         self.random: list[fx.Node] = []  # placeholders of random signs
         self._fake_mode = fake_mode
         self._native = Native(primitives, units)
@@ -85,6 +87,8 @@ class Emission:
     def run(self, outputs: dict[str, Leaf]) -> fx.Graph:
         """Emit; `outputs` maps each name of the result to the leaf that is differentiated."""
         self._emit_forward()
+        if isinstance(self._method, Calibrated):
+            self._read_factors(outputs)
         loss = self._captured.loss
         results = reverse(
             self._units,
@@ -95,7 +99,9 @@ class Emission:
             self._begin if self._tail is not None else None,
         )
         found = self._read_out(outputs, results)
-        if isinstance(self._method, Hutchinson):
+        if isinstance(self._method, Calibrated):
+            found["hess"] = self._calibrate(outputs, results)
+        elif isinstance(self._method, Hutchinson):
             found["hess"] = self._by_products(self._method, outputs)
         self._write_buffers()
         self._graph.output((self._values[loss], found["grad"], found["hess"]))
@@ -216,6 +222,7 @@ class Emission:
         place = self._place(unit)
         signs = self._signs(unit.inputs[0][0]) if place.is_root else None
         roles = self._method.roles
+        factors = self._factors_of(unit, place)
 
         def run(values: list[Any], tracer: Tracer) -> list[Any]:
             constants = Constants()
@@ -225,6 +232,8 @@ class Emission:
             for (role, i), value in zip(present, values[len(entering) :], strict=False):
                 arrived[role][i] = value
             arrived["signs"] = [None if signs is None else values[-1]]
+            after = iter(values[len(entering) + len(present) :])
+            arrived["factors"] = [None if f is None else next(after) for f in factors]
             try:
                 at = evaluate(unit, known.__getitem__, self._native)
                 results: list[Any] = []
@@ -246,9 +255,11 @@ class Emission:
         exact = all(self._is_exact((n, unit)) for n in unit.outputs)
         source = self._primitives.source[unit.nodes[-1]]
         inputs = [self._value(n) for n in entering] + [y[role][i] for role, i in present]
+        inputs += [f for f in factors if f is not None]
         inputs += [] if signs is None else [signs]
+        known = tuple(f is not None for f in factors)
         found = self._emit(
-            (key, tuple(present), place),
+            (key, tuple(present), place, known),
             run,
             inputs,
             Origin(source, "grad", unit.structure, exact=exact, region=self._number[unit]),
@@ -280,7 +291,7 @@ class Emission:
         if slot[0] is not tail.node:
             return values
         if slot != tail.slot:  # the same tensor at another level; its columns are in the other
-            return {**values, "columns": None, "hess": None}
+            return {role: v for role, v in values.items() if role == "grad"}
         roles = self._method.roles
         present = [role for role in roles if values.get(role) is not None]
         signs = self._signs(tail.node) if tail.kind != "root" else None
@@ -310,7 +321,7 @@ class Emission:
     def _signs(self, like: fx.Node) -> fx.Node | None:
         """A placeholder for the random signs of the columns, if there are any."""
         count = self._method.columns
-        if not count:
+        if not count or "columns" not in self._method.roles:
             return None
         value = like.meta["val"]
         return self._placeholder("signs", (count, *value.shape), wide(value.dtype), value.device)
@@ -323,6 +334,68 @@ class Emission:
             made.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
         self.random.append(made)
         return made
+
+    # --- calibration ------------------------------------------------------------------------------
+
+    def _read_factors(self, outputs: dict[str, Leaf]) -> None:
+        """One factor for each result, from the module's buffer."""
+        values = [leaf.node.meta["val"] for leaf in outputs.values()]
+        origin = Origin(self._captured.loss, "hess")
+        buffer = self._graph.create_node("get_attr", CALIBRATION)
+        with self._fake_mode:
+            shape, dtype = (len(values),), wide(values[0].dtype)
+            buffer.meta["val"] = torch.empty(shape, dtype=dtype, device=values[0].device)
+        self._buffer = buffer
+        self._origin[buffer] = Origin(self._captured.loss, "forward")
+        for i, leaf in enumerate(outputs.values()):
+            select = ("factor", i)
+            (node,) = self._emit(select, lambda v, tracer, i=i: [v[0][i]], [buffer], origin)
+            assert node is not None
+            self._factors.append(node)
+            self._position[self._primitives.of[leaf.node]] = i
+
+    def _factors_of(self, unit: Unit, place: Place) -> list[fx.Node | None]:
+        """The factor of each input that is a parameter used here alone, if it is known."""
+        method = self._method
+        if not isinstance(method, Calibrated) or method.refresh or not place.inside:
+            return [None] * len(unit.inputs)
+        return [
+            self._factors[self._position[node]]
+            if producer is None and use in ("own", "once") and node in self._position
+            else None
+            for (node, producer), use in zip(unit.inputs, place.uses, strict=True)
+        ]
+
+    def _calibrate(
+        self, outputs: dict[str, Leaf], results: dict[fx.Node, dict[str, Any]]
+    ) -> dict[str, fx.Node]:
+        """The diagonals, each by its factor; writes new factors into the buffer."""
+        method = self._method
+        assert isinstance(method, Calibrated)
+        found, factors = {}, list(self._factors)
+        for i, (name, leaf) in enumerate(outputs.items()):
+            values = results.get(self._primitives.of[leaf.node], {})
+            present = [r for r in values if r != "grad" and values[r] is not None]
+
+            def run(given: list[Any], tracer: Tracer, present: list[str] = present) -> list[Any]:
+                known, *rest = given
+                at = dict(zip(present, rest, strict=True))
+                with tracer.role("hess"):
+                    factor = method.factor(at, known) if method.refresh else known
+                    return [method.scaled(at, factor), factor]
+
+            inputs = [self._factors[i], *(values[role] for role in present)]
+            origin = Origin(leaf.node, "hess")
+            node, factor = self._emit(("calibrate", tuple(present)), run, inputs, origin)
+            found[name] = node or self._zeros(leaf, "hess")
+            factors[i] = factor or factors[i]
+        if method.refresh:
+            origin = Origin(self._captured.loss, "hess")
+            (new,) = self._emit("factors", lambda v, tracer: [torch.stack(v)], factors, origin)
+            written = self._graph.call_function(aten.copy_.default, (self._buffer, new))
+            written.meta["val"] = self._buffer.meta["val"]
+            self._origin[written] = origin
+        return found
 
     def _by_products(self, method: Hutchinson, outputs: dict[str, Leaf]) -> dict[str, fx.Node]:
         """Emit Hessian-vector products with random signs, and what they say of each diagonal."""
@@ -398,6 +471,8 @@ class Emission:
 
     def _diagonal(self, leaf: Leaf, values: dict[str, Any]) -> fx.Node | None:
         """What the method makes of the values at a leaf."""
+        if isinstance(self._method, Calibrated):
+            return None
         if set(values) <= {"grad", "hess"}:
             return values.get("hess")
         present = [role for role, value in values.items() if value is not None]
@@ -491,7 +566,7 @@ def check_shapes(unit: Unit, role: str, values: list[Tensor | None]) -> None:
     for (node, _), value in zip(unit.inputs, values, strict=True):
         if value is not None:
             want, have = node.meta["val"].shape, value.shape
-            have = have if role in ("grad", "hess") else have[1:]
+            have = have[1:] if role == "columns" else have
             fits = len(want) == len(have) and all(
                 not isinstance(a, int) or not isinstance(b, int) or a == b
                 for a, b in zip(want, have, strict=True)

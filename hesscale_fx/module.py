@@ -20,6 +20,7 @@ from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.methods import Exact
+from hesscale_fx.names import CALIBRATION
 from hesscale_fx.random import Signs
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import RETRANSFORM, Signature
@@ -111,6 +112,7 @@ class Program:
     primitives: Primitives
     units: list[Unit]
     random: list[Signs] = field(default_factory=list)  # inputs after the call's own
+    between: Program | None = None  # with calibration: for calls that refresh no factor
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
@@ -133,6 +135,7 @@ class Program:
             self.primitives,
             self.units,
             self.random,
+            copy.deepcopy(self.between, memo),
             self.function,
             self.asserts,
             self.code,
@@ -177,6 +180,8 @@ class HesScaleModule(fx.GraphModule):
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._active: Program | None = None
         self._compile_later: tuple[tuple, dict[str, Any]] | None = None
+        self._calibration: Tensor | None = build.factors()
+        self._calls = 0
         self._link()
 
     def _link(self) -> None:
@@ -188,11 +193,30 @@ class HesScaleModule(fx.GraphModule):
         self._parameters = dict(model._parameters)
         self._buffers = dict(model._buffers)
         self._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
-        for program in self._programs.values():
+        if self._calibration is not None:
+            self._buffers[CALIBRATION] = self._calibration
+        for program in self._every_program():
             for name, value in program.constants.items():
                 self._buffers[name] = value
                 self._non_persistent_buffers_set.add(name)
         self.training = model.training
+
+    def _every_program(self) -> Iterator[Program]:
+        for program in self._programs.values():
+            yield program
+            if program.between is not None:
+                yield program.between
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Parameter name -> factor of its Gauss-Newton part, with ``calibrate=``; 1 at first.
+
+        They are held in the buffer ``calibration``, in this order: saved and loaded with the
+        module's state, and to be averaged over processes like any other buffer.
+        """
+        if self._calibration is None:
+            raise CallError("There are no factors: transform(..., calibrate=True) has them.")
+        return dict(zip(self._build.selected, self._calibration.tolist(), strict=True))
 
     # --- graph ----------------------------------------------------------------------------------
 
@@ -222,6 +246,11 @@ class HesScaleModule(fx.GraphModule):
         if program is None:
             return None
         self.__dict__["_graph"] = program.graph
+        if program.between is not None:
+            self._generate(program.between)
+        return self._generate(program)
+
+    def _generate(self, program: Program) -> Any:
         program.graph.owning_module = self
         code = program.graph.python_code(root_module="self")
         scope = dict(code.globals)
@@ -323,14 +352,21 @@ class HesScaleModule(fx.GraphModule):
         """See `__call__`."""
         program, tensors = self._find(args, kwargs)
         with torch.no_grad(), without_autocast():
-            tensors = program.with_signs(tensors, self._build.generator)
             if isinstance(self._build.method, Exact):
                 return self._exact(program, tensors, args, kwargs)
-            if torch.compiler.is_compiling():
-                return Result(*program.function(self, *tensors))  # type: ignore[misc]
-            if not program.asserts:
-                return Result(*callable_of(program)(self, *tensors))
+            if torch.compiler.is_compiling() or not program.asserts:
+                return self._run(program, tensors)
             return self._run_asserting(program, tensors, args, kwargs)
+
+    def _run(self, program: Program, tensors: list[Any]) -> Result:
+        if program.between is not None:
+            refreshes = self._calls % self._build.calibrate == 0
+            self._calls += 1
+            program = program if refreshes else program.between
+        tensors = program.with_signs(tensors, self._build.generator)
+        if torch.compiler.is_compiling():
+            return Result(*program.function(self, *tensors))  # type: ignore[misc]
+        return Result(*callable_of(program)(self, *tensors))
 
     def _run_asserting(
         self, program: Program, tensors: list[Any], args: tuple, kwargs: Mapping[str, Any]
@@ -342,7 +378,7 @@ class HesScaleModule(fx.GraphModule):
         while True:
             random = RandomState.now()
             try:
-                return Result(*callable_of(program)(self, *tensors))
+                return self._run(program, tensors)
             except RuntimeError as error:
                 if MESSAGE not in str(error):
                     raise
@@ -528,8 +564,10 @@ class HesScaleModule(fx.GraphModule):
         self._model._apply(fn, recurse)
         if self._loss_module is not None:
             self._loss_module._apply(fn, recurse)
-        for program in self._programs.values():
+        for program in self._every_program():
             program.constants = {k: fn(v) for k, v in program.constants.items()}
+        if self._calibration is not None:
+            self._calibration = fn(self._calibration)
         self._link()
         if not self._lazy and self._active is not None:
             self._recapture(fn)
@@ -556,6 +594,9 @@ class HesScaleModule(fx.GraphModule):
         build = copy.deepcopy(self._build, memo)
         model, loss = copy.deepcopy((self._model, self._loss_module), memo)
         other = HesScaleModule(model, loss, build, self._lazy)
+        if self._calibration is not None:
+            other._calibration = self._calibration.clone()
+            other._link()
         for program in self._programs.values():
             twin = copy.deepcopy(program)
             other._programs[id(twin)] = twin
@@ -567,14 +608,17 @@ class HesScaleModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         """Pickle what the graphs were made of; they are made again when loaded."""
         examples = [program.signature.example() for program in self._programs.values()]
-        return rebuild, (self._build, self._model, self._loss_module, self._lazy, examples)
+        parts = (self._build, self._model, self._loss_module, self._lazy, examples)
+        return rebuild, (*parts, self._calibration)
 
 
 def rebuild(
-    build: Callable, model: nn.Module, loss: nn.Module | None, lazy: bool, examples: list
+    build: Callable, model: nn.Module, loss: nn.Module | None, lazy: bool, examples: list,
+    factors: Tensor | None,
 ) -> HesScaleModule:
     """A module that captures again at zeros of the shapes that were captured before."""
     hs = HesScaleModule(model, loss, build, lazy)
+    hs._calibration = factors
     for args, kwargs in examples:
         hs._capture(args, kwargs)
     return hs

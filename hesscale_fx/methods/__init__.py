@@ -8,6 +8,7 @@ from typing import Any
 from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.methods.base import Method, Output, Place
 from hesscale_fx.methods.bl89 import BL89
+from hesscale_fx.methods.calibrated import Calibrated
 from hesscale_fx.methods.columns import Columns
 from hesscale_fx.methods.fisher import EmpiricalFisher
 from hesscale_fx.methods.hesscale import HesScale
@@ -28,7 +29,7 @@ METHODS: dict[str, Method] = {
 
 # The arguments of `transform` that a method takes beside those that all take.
 OPTIONS = {
-    "hesscale": ("columns", "generator"),
+    "hesscale": ("columns", "generator", "calibrate"),
     "ggn": ("columns", "generator"),
     "hutchinson": ("samples", "generator"),
 }
@@ -55,7 +56,13 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise InvalidArgumentError(f"samples must be a number from 1 on, not {samples!r}.")
         return Hutchinson(samples=samples)
-    columns = options.get("columns", 0 if name == "hesscale" else "exact")
+    calibrate = options.get("calibrate", False)
+    if not isinstance(calibrate, int) or calibrate < 0:
+        raise InvalidArgumentError(
+            f"calibrate must be True, or the number of calls between two, not {calibrate!r}."
+        )
+    default = "exact" if name == "ggn" else 1 if calibrate else 0
+    columns = options.get("columns", default)
     whole = isinstance(columns, int) and not isinstance(columns, bool) and columns >= 0
     if not whole and columns != "exact":
         raise InvalidArgumentError(f"columns must be 0, a number or 'exact', not {columns!r}.")
@@ -66,9 +73,13 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     count = None if columns == "exact" else columns
     if name == "ggn":
         return Columns("ggn", columns=count, curved=False)
+    if calibrate and columns == 0:
+        raise InvalidArgumentError("calibrate= needs columns: give a number of them, or 'exact'.")
+    if calibrate:
+        return Calibrated(columns=count)
     if name == "hesscale" and columns != 0:
         return Columns("hesscale", columns=count)
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Columns", "Exact", "HesScale", "Hutchinson", "Method", "Output", "Place", "make_method"]
+__all__ = ["METHODS", "Calibrated", "Columns", "Exact", "HesScale", "Hutchinson", "Method", "Output", "Place", "make_method"]

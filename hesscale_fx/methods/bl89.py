@@ -21,7 +21,7 @@ class BL89(Method):
     """
 
     name: str = "bl89"
-    needs_boundary: bool = True
+    needs_boundary = True
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "grad":

@@ -28,9 +28,9 @@ class Columns(Method):
     name: str
     columns: int | None = None
     curved: bool = True
-    roles: tuple[str, ...] = ("grad", "columns", "hess")
-    needs_boundary: bool = True
-    needs_samples: bool = True
+    roles = ("grad", "columns", "hess")
+    needs_boundary = True
+    needs_samples = True
 
     @property
     def of(self) -> str:  # type: ignore[override]
@@ -43,22 +43,32 @@ class Columns(Method):
             if place.is_root:
                 return at.root(y["grad"], self._scaled(y["signs"][0]))  # type: ignore[attr-defined]
             return pull_columns(at, y["columns"], place)
-        passed = at.squared_vjp(y["hess"])
+        passed = self.own_squares(at, y, place, y["hess"])
+        if not self.curved and place.inside:
+            return passed
+        return sums(passed, at.curvature(y["grad"]))
+
+    def own_squares(
+        self, at: Evaluation, y: Flow, place: Place, s: list[Tensor | None] | None = None
+    ) -> list[Tensor | None]:
+        """What flows of squares: those of columns at the parameters they meet here, beside s."""
+        s = [None] * len(y["columns"]) if s is None else s
+        passed = at.squared_vjp(s)
         if "own" in place.uses:
-            total = sums(y["hess"], [squares(u) for u in y["columns"]])
+            total = sums(s, [squares(u) for u in y["columns"]])
             found = at.squared_vjp(total)
             uses = zip(place.uses, passed, found, strict=True)
             passed = [f if use == "own" else p for use, p, f in uses]
         if "once" in place.uses and any(u is not None for u in y["columns"]):
             passed = sums(passed, squares_per_sample(at, y["columns"], place))
-        if not self.curved and place.inside:
-            return passed
-        return sums(passed, at.curvature(y["grad"]))
+        return passed
 
     def begin(
         self, z: Tensor, values: Mapping[str, Tensor | None], output: Output, given: Any
     ) -> dict[str, Tensor | None]:
         left, columns = values["hess"], values["columns"]
+        if "columns" not in self.roles:
+            return {**values, "hess": self.negative(z, left, output, given)}
         signs, hessian = self._scaled(given[0]), given[1]
         if output.kind == "full":
             columns, left = factor(z, hessian, output, signs)
@@ -70,6 +80,20 @@ class Columns(Method):
         if columns is not None and signs is None and output.kind != "full":
             columns = spread_out(columns, output)
         return {**values, "columns": columns, "hess": left}
+
+    def negative(
+        self, z: Tensor, s: Tensor | None, output: Output, given: tuple
+    ) -> Tensor | None:
+        """The diagonal of the negative part of the Hessian at z."""
+        if output.kind == "full":
+            return factor(z, given[1], output, None)[1]
+        return None if s is None else s.clamp(max=0)
+
+    def positive(self, z: Tensor, hessian: Tensor, output: Output) -> Tensor:
+        """The diagonal of the positive part."""
+        left = factor(z, hessian, output, None)[1]
+        diagonal = unflatten(hessian.diagonal(dim1=1, dim2=2), z, output)
+        return diagonal.to(left.dtype) - left
 
     def _scaled(self, signs: Tensor | None) -> Tensor | None:
         """So that the squares of all columns add up to what one has on average."""

@@ -24,7 +24,7 @@ class EmpiricalFisher(Columns):
     name: str = "empirical_fisher"
     columns: int | None = 0
     curved: bool = False
-    needs_boundary: bool = False
+    needs_boundary = False
     of = "squared gradients"  # type: ignore[assignment]
 
     def seed(self, loss: Tensor) -> dict[str, Tensor | None]:

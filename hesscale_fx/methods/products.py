@@ -21,7 +21,7 @@ class Hutchinson(Method):
 
     name: str = "hutchinson"
     samples: int = 1
-    roles: tuple[str, ...] = ("grad",)
+    roles = ("grad",)
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         return at.vjp(y["grad"])
@@ -67,7 +67,7 @@ class Exact(Method):
     """
 
     name: str = "exact"
-    roles: tuple[str, ...] = ("grad",)
+    roles = ("grad",)
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         return at.vjp(y["grad"])
