@@ -269,9 +269,7 @@ class Builder:
         first = self.names[self.selected[0]][1]
         return torch.ones(len(self.selected), dtype=wide(first.dtype), device=first.device)
 
-    def compile(
-        self, captured: Captured, stages: Stages, method: Method | None = None
-    ) -> Program:
+    def compile(self, captured: Captured, stages: Stages, method: Method | None = None) -> Program:
         """Analyse and emit."""
         method = method or self.method
         outputs = self._outputs(captured)

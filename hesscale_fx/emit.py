@@ -299,7 +299,7 @@ class Emission:
         inputs = [self._value(tail.node), *(values[role] for role in present)]
         inputs += [self._value(n) for n in entering]
         inputs += [] if signs is None else [signs]
-        output = Output(tail.kind, pair(self._samples.rows(slot)), tail.coupled)
+        output = Output(tail.kind, pair(self._samples.rows(slot)), tail.coupled, tail.convex)
 
         def run(given: list[Any], tracer: Tracer) -> list[Any]:
             z, *rest = given

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from hesscale_fx.analysis.exactness import Slot, State
+from hesscale_fx.analysis.signs import is_convex
 from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.evaluate import Native
@@ -38,6 +39,7 @@ class Tail:
     root: Unit | None  # the unit of the log-softmax
     again: Recomputed  # what the loss computes from the output
     loss: fx.Node
+    convex: bool = False  # surely, so that there is no negative part
 
     def hessian(self, z: Tensor, entering: list[Tensor], output: Any) -> Tensor:
         """The Hessian of the loss for each sample, (samples, n, n)."""
@@ -103,12 +105,13 @@ def tail_of(
         if any(n in dependent for n in u.nodes)
         and not (all(partition.is_linear(n) for n in u.nodes))
     ]
-    kind, root = "full", None
+    kind, root, convex = "full", None, False
     if len(slots) == 1:
         if state.exact and not state.coupled:
             kind = "diagonal"
         elif len(bent) == 1 and is_root(bent[0], partition, native) and len(state.coupled) == 1:
             kind, root = "root", bent[0]
+        convex = is_convex_in(kind, bent, partition, graph, loss)
     return Tail(
         node,
         slots[-1],
@@ -117,6 +120,21 @@ def tail_of(
         root,
         Recomputed.of(graph, [node]),
         loss,
+        convex,
+    )
+
+
+def is_convex_in(
+    kind: str, bent: list[Unit], partition: Partition, graph: fx.Graph, loss: fx.Node
+) -> bool:
+    if kind == "root":
+        return is_convex(graph, loss, bent[0].outputs)
+    nodes = [n for u in bent for n in u.nodes if not partition.is_linear(n)]
+    squares = ("aten.pow.Tensor_Scalar", "aten.square.default")
+    return (
+        kind == "diagonal"
+        and all(str(n.target) in squares for n in nodes)
+        and is_convex(graph, loss, nodes)
     )
 
 

@@ -613,7 +613,11 @@ class HesScaleModule(fx.GraphModule):
 
 
 def rebuild(
-    build: Callable, model: nn.Module, loss: nn.Module | None, lazy: bool, examples: list,
+    build: Callable,
+    model: nn.Module,
+    loss: nn.Module | None,
+    lazy: bool,
+    examples: list,
     factors: Tensor | None,
 ) -> HesScaleModule:
     """A module that captures again at zeros of the shapes that were captured before."""

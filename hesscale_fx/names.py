@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from torch import fx
 
 CALIBRATION = "calibration"  # the buffer of the factors, in the module that is returned
-ROLE = {"forward": "forward", "grad": "gradient", "hess": "curvature", "columns": "columns", "gauss": "Gauss-Newton", "mass": "mass"}
+ROLE = {
+    "forward": "forward",
+    "grad": "gradient",
+    "hess": "curvature",
+    "columns": "columns",
+    "gauss": "Gauss-Newton",
+    "mass": "mass",
+}
 
 
 @dataclass

@@ -28,9 +28,7 @@ class Signs:
     def draw(self, sizes: Mapping[str, int], generator: torch.Generator | None) -> Tensor:
         """Draw them where the free sizes are `sizes`."""
         shape = [s if isinstance(s, int) else s[1](*(sizes[n] for n in s[0])) for s in self.shape]
-        bits = torch.randint(
-            0, 2, shape, generator=generator, dtype=self.dtype, device=self.device
-        )
+        bits = torch.randint(0, 2, shape, generator=generator, dtype=self.dtype, device=self.device)
         return 2 * bits - 1
 
 

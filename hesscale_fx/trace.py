@@ -137,4 +137,3 @@ def kind_of(node: fx.Node) -> Any:
         layout = (*value.shape, *value.stride())
         return (value.dtype, value.device, tuple(map(str, layout)))
     return str(value)
-

@@ -82,4 +82,15 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Calibrated", "Columns", "Exact", "HesScale", "Hutchinson", "Method", "Output", "Place", "make_method"]
+__all__ = [
+    "METHODS",
+    "Calibrated",
+    "Columns",
+    "Exact",
+    "HesScale",
+    "Hutchinson",
+    "Method",
+    "Output",
+    "Place",
+    "make_method",
+]

@@ -49,11 +49,13 @@ class Output:
             ``"root"``, if columns arrive from a unit of the loss; else ``"full"``.
         rows: as in `Place`.
         coupled: dimensions along which the Hessian is not diagonal.
+        convex: it surely has no negative part.
     """
 
     kind: str
     rows: tuple[int, int] | None
     coupled: tuple[int, ...]
+    convex: bool = False
 
 
 class Method:

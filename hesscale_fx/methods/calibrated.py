@@ -56,7 +56,7 @@ class Calibrated(Columns):
     ) -> dict[str, Tensor | None]:
         found = super().begin(z, {"columns": None, **values}, output, given)
         hess, left = values["hess"], found["hess"]
-        found["gauss"] = None if hess is None else hess.clamp(min=0)
+        found["gauss"] = hess if hess is None or output.convex else hess.clamp(min=0)
         if output.kind == "full":
             found["gauss"] = self.positive(z, given[1], output)
         return {role: found.get(role) for role in self.roles} | {"hess": left}

@@ -74,20 +74,18 @@ class Columns(Method):
             columns, left = factor(z, hessian, output, signs)
         elif left is not None:
             if output.kind == "diagonal":
-                columns = left.clamp(min=0).sqrt()
+                columns = (left if output.convex else left.clamp(min=0)).sqrt()
                 columns = columns.unsqueeze(0) if signs is None else columns * signs
-            left = left.clamp(max=0)
+            left = self.negative(z, left, output, given)
         if columns is not None and signs is None and output.kind != "full":
             columns = spread_out(columns, output)
         return {**values, "columns": columns, "hess": left}
 
-    def negative(
-        self, z: Tensor, s: Tensor | None, output: Output, given: tuple
-    ) -> Tensor | None:
+    def negative(self, z: Tensor, s: Tensor | None, output: Output, given: tuple) -> Tensor | None:
         """The diagonal of the negative part of the Hessian at z."""
         if output.kind == "full":
             return factor(z, given[1], output, None)[1]
-        return None if s is None else s.clamp(max=0)
+        return None if s is None or output.convex else s.clamp(max=0)
 
     def positive(self, z: Tensor, hessian: Tensor, output: Output) -> Tensor:
         """The diagonal of the positive part."""

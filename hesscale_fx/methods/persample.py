@@ -41,9 +41,7 @@ def pull_columns(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | None
             wanted = [w == use for w in place.uses]
             if not any(wanted):
                 continue
-            found = (
-                pull(at, outer, wanted) if pull else per_sample(at, outer, place.rows, wanted)
-            )
+            found = pull(at, outer, wanted) if pull else per_sample(at, outer, place.rows, wanted)
             for i, (value, mine) in enumerate(zip(found, wanted, strict=True)):
                 if mine:
                     result[i] = add(result[i], value)

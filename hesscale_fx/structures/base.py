@@ -116,7 +116,9 @@ def vjp(outputs: Tensors, inputs: list[Tensor], u: Tensors) -> list[Tensor | Non
         return [None] * len(inputs)
     ys, cs = zip(*pairs, strict=True)
     if cs[0].dim() > ys[0].dim():
-        return several(lambda one: torch.autograd.grad(ys, inputs, one, True, allow_unused=True), cs)
+        return several(
+            lambda one: torch.autograd.grad(ys, inputs, one, True, allow_unused=True), cs
+        )
     return [or_none(g) for g in torch.autograd.grad(ys, inputs, cs, allow_unused=True)]
 
 

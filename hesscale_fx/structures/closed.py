@@ -222,7 +222,6 @@ class LayerNorm(Normalization):
         self.r, self.w = per_row(r, x.shape, self.rows), weight
         self.z = (x - per_row(mean, x.shape, self.rows)) * self.r
 
-
     def per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
         if u[0] is None or dim in self.rows:
             return [None] * len(self.call.active)
