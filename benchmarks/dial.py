@@ -3,9 +3,9 @@
     python benchmarks/dial.py [--seeds 20] [--only mlp|pool|gpt] [--time]
 
 Relative L1 error, sum |h - exact| / sum |exact|, mean over seeds. The classifiers are tanh networks
-10-16-..-16-5 in float64, trained by full-batch Adam for 300 steps on 256 standard normal inputs with
-the labels of a random teacher; the diagonal is that of the weights on the first 32 inputs.
-`--time` measures what a call costs instead, as a ratio to plain HesScale.
+10-16-..-16-5 in float64, trained by full-batch Adam for 300 steps on 256 standard normal inputs
+with the labels of a random teacher; the diagonal is that of the weights on the first 32 inputs.
+`--time` measures what a call costs instead, in processor time over that of plain HesScale.
 """
 
 from __future__ import annotations

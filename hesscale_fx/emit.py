@@ -349,7 +349,11 @@ class Emission:
         self._origin[buffer] = Origin(self._captured.loss, "forward")
         for i, leaf in enumerate(outputs.values()):
             select = ("factor", i)
-            (node,) = self._emit(select, lambda v, tracer, i=i: [v[0][i]], [buffer], origin)
+
+            def pick(values: list[Any], tracer: Tracer, i: int = i) -> list[Any]:
+                return [values[0][i]]
+
+            (node,) = self._emit(select, pick, [buffer], origin)
             assert node is not None
             self._factors.append(node)
             self._position[self._primitives.of[leaf.node]] = i

@@ -67,6 +67,7 @@ class Tail:
 
 
 def unflatten_all(eye: Tensor, z: Tensor, output: Any, unflatten: Any) -> Tensor:
+    """Each tangent in the shape of z."""
     return torch.vmap(lambda e: unflatten(e, z, output))(eye)
 
 
@@ -127,6 +128,7 @@ def tail_of(
 def is_convex_in(
     kind: str, bent: list[Unit], partition: Partition, graph: fx.Graph, loss: fx.Node
 ) -> bool:
+    """Whether the Hessian at the output surely has no negative part."""
     if kind == "root":
         return is_convex(graph, loss, bent[0].outputs)
     nodes = [n for u in bent for n in u.nodes if not partition.is_linear(n)]

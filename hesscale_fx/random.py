@@ -33,6 +33,7 @@ class Signs:
 
 
 def size_from(size: Any) -> Any:
+    """A size, or the names of free sizes and a function of them."""
     if isinstance(size, int):
         return size
     expr = size.node.expr

@@ -165,7 +165,9 @@ def exact_diagonal(
     """The Hessian diagonal of one parameter, by one Hessian-vector product for each coordinate.
 
     Args:
-        losses, state, parameters: as for `verify`.
+        losses: the scalar loss at given parameters; a later one where an earlier one fails.
+        state: of the default generator at the start of each evaluation.
+        parameters: where to evaluate.
         name: of the parameter.
         chunk: so many products at once, where the operators have batched kernels.
 

@@ -27,7 +27,9 @@ def brute_force(net, loss, x, y):
     """The diagonal of ``J^T H+ J``, H+ the positive part of the loss's Hessian at the output."""
     params = {n: p.detach() for n, p in net.named_parameters()}
     z = net(x).detach()
-    hessian = torch.func.jacrev(torch.func.jacrev(lambda z: loss(z, y)))(z).reshape(z.numel(), z.numel())
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda z: loss(z, y)))(z).reshape(
+        z.numel(), z.numel()
+    )
     hessian = positive(hessian)
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(net, p, (x,)))(params)
     rows = {n: j.reshape(z.numel(), -1) for n, j in jacobian.items()}
@@ -89,7 +91,8 @@ LOSSES = {
     "mse": (F.mse_loss, lambda: x(4, 3)),
     "bce": (F.binary_cross_entropy_with_logits, lambda: torch.rand(4, 3, dtype=DOUBLE)),
     "poisson": (F.poisson_nll_loss, lambda: torch.rand(4, 3, dtype=DOUBLE)),
-    "coupled": (lambda z, y: z.square().logsumexp(1).mean() + F.cross_entropy(z, y), lambda: labels(4)),
+    "coupled": (lambda z, y: z.square().logsumexp(1).mean() + F.cross_entropy(z, y),
+                lambda: labels(4)),
 }  # fmt: skip
 MODELS = {
     "pooled convolutions": lambda: (convolutions(True), x(3, 2, 4, 4), labels(3)),
@@ -104,12 +107,17 @@ MODELS = {
     "batch norm": lambda: (nn.Sequential(nn.Linear(5, 6),
                                          nn.BatchNorm1d(6, track_running_stats=False),
                                          nn.Tanh(), nn.Linear(6, 3)), x(4, 5), labels(4)),
-    "1d convolution": lambda: (nn.Sequential(nn.Conv1d(2, 3, 2, dilation=2), nn.Tanh(), nn.Flatten(),
-                                             nn.Linear(9, 3)), x(4, 2, 5), labels(4)),
+    "1d convolution": lambda: (nn.Sequential(nn.Conv1d(2, 3, 2, dilation=2), nn.Tanh(),
+                                             nn.Flatten(), nn.Linear(9, 3)), x(4, 2, 5), labels(4)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def default(names, *slow):
+    """The names as parameters, some of them for the slow suite."""
+    return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
+
+
+@pytest.mark.parametrize("name", default(LOSSES, "soft targets", "poisson", "cross entropy"))
 def test_the_ggn_is_exact_for_every_loss(name):
     loss, target = LOSSES[name]
     net, inputs, y = mlp().to(DOUBLE), x(4, 5), target()
@@ -117,7 +125,9 @@ def test_the_ggn_is_exact_for_every_loss(name):
     assert_close(out.hess_diag, brute_force(net, loss, inputs, y), 1e-10, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", default(MODELS, "attention", "lstm", "sequence first", "1d convolution")
+)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_the_ggn_is_exact_in_every_model(name):
     net, inputs, y = MODELS[name]()
@@ -177,7 +187,7 @@ MEANS = {
 }
 
 
-@pytest.mark.parametrize("name", MEANS)
+@pytest.mark.parametrize("name", default(MEANS, "positions", "three", "batch norm", "full"))
 def test_random_columns_are_right_on_average(name):
     make, loss, count = MEANS[name]
     net, inputs, y = make()
@@ -281,5 +291,6 @@ def test_several_outputs_are_refused_by_name():
         def forward(self, x):
             return self.a(x), self.b(x)
 
-    with pytest.raises(hesscale_fx.HesScaleError, match="2"):
-        transform(Two(), lambda z, y: (z[0] - z[1] - y).square().mean(), (x(4, 5).float(), torch.ones(4, 3)), columns=1)  # fmt: skip
+    loss = lambda z, y: (z[0] - z[1] - y).square().mean()  # noqa: E731
+    with pytest.raises(hesscale_fx.HesScaleError, match="has 2"):
+        transform(Two(), loss, (torch.randn(4, 5), torch.ones(4, 3)), columns=1)

@@ -112,7 +112,7 @@ class Samples(StayApart):
         return rows.inner == 1 and self._spread(unit, position) <= {rows.dim}
 
     def _is_plain(self, slot: Slot) -> bool:
-        """Whether each element of a leaf reaches at most one element of `slot`, and nothing else."""
+        """Whether each element of a leaf reaches at most one of `slot`, and nothing else."""
         if self._users.get(slot, 0) != 1:
             return False
         unit = slot[1]

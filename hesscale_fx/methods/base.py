@@ -25,9 +25,9 @@ class Place:
         rows: for each output the dimension that runs over (samples, inner), and inner; None where
             a tensor has no samples of its own.
         uses: for each input ``"rows"``, if it has samples or no output has; ``"own"``, if the unit
-            uses no element of it twice in one sample; ``"once"``, if only this unit uses it, and all
-            that is before it keeps elements apart; ``"met"``, if it is used where samples have
-            been combined; else ``"shared"``.
+            uses no element of it twice in one sample; ``"once"``, if only this unit uses it,
+            and all that is before it keeps elements apart; ``"met"``, if it is used where
+            samples have been combined; else ``"shared"``.
         is_row: entries of one row of an input reach several of an output, not linearly.
         is_root: the unit is the one of the loss that bends, and its matrix of second derivatives
             has a square root in closed form.

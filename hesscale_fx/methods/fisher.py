@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.errors import InvalidModelError
-from hesscale_fx.methods.base import Flow, Method, Place
+from hesscale_fx.methods.base import Flow, Place
 from hesscale_fx.methods.columns import Columns
 from hesscale_fx.structures import Evaluation
 
@@ -25,7 +25,7 @@ class EmpiricalFisher(Columns):
     columns: int | None = 0
     curved: bool = False
     needs_boundary = False
-    of = "squared gradients"  # type: ignore[assignment]
+    of = "squared gradients"
 
     def seed(self, loss: Tensor) -> dict[str, Tensor | None]:
         one = torch.ones_like(loss)

@@ -13,7 +13,6 @@ from hesscale_fx.methods.base import Output, Place
 from hesscale_fx.structures import Evaluation
 from hesscale_fx.structures.base import Tensors, add, several, widen
 
-
 # Columns are squared for each sample in so many parts, lest all of them are there at once.
 CHUNKS = 8
 
@@ -53,7 +52,10 @@ def batched(at: Evaluation, u: Tensors, wanted: list[bool]) -> list[Tensor | Non
     count = next(v.shape[0] for v in u if v is not None)
     if isinstance(count, int) and count == 1:
         found = at.vjp([None if v is None else v[0] for v in u])
-        return [v.unsqueeze(0) if v is not None and w else None for v, w in zip(found, wanted)]
+        return [
+            v.unsqueeze(0) if v is not None and w else None
+            for v, w in zip(found, wanted, strict=True)
+        ]
     found = at.vjp(u)
     return [v if w else None for v, w in zip(found, wanted, strict=True)]
 
@@ -83,7 +85,9 @@ def quickly(
     found = several(lambda one: rule(one, *place), [u[0]])
     if any(w and f is None for w, f in zip(wanted, found, strict=True)):
         return None
-    return [f.flatten(0, 1) if f is not None and w else None for w, f in zip(wanted, found)]
+    return [
+        f.flatten(0, 1) if f is not None and w else None for w, f in zip(wanted, found, strict=True)
+    ]
 
 
 def squares_per_sample(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | None]:

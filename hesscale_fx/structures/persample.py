@@ -60,7 +60,7 @@ def convolution(
             [1, *dilation],
         )
     kernel = [1, *w.shape[2:]][-2:]
-    patches = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
+    patches = aten.im2col(x, kernel, dilation, padding, stride)
     grads = u.flatten(2) @ patches.transpose(1, 2)
     found[1] = grads.reshape(grads.shape[0], *w.shape)
     return found
