@@ -40,7 +40,7 @@ demo: $(READY)  ## train on handwritten digits with Hessian diagonals; ARGS="--e
 
 models: $(READY)  ## measure real models and write docs/models.md; ARGS="--only BERT" selects
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[models]'
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/models.py --write docs/models.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real_models.py --write docs/models.md $(ARGS)
 
 operators: $(READY)  ## every operator of PyTorch's database; writes docs/operators.md (10 minutes)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/operators.py --table docs/operators.md $(ARGS)

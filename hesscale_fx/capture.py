@@ -553,7 +553,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
         leaf.node.meta["hesscale_name"] = leaf.name.removeprefix("model.").lstrip("_")
-    refuse_writes(signature)
+    refuse_writes(signature, {leaf.name for leaf in leaves if leaf.kind == "buffer"})
     outputs = graph.find_nodes(op="output")[0]
     kinds = [spec.kind.name for spec in signature.output_specs]
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
@@ -684,8 +684,13 @@ def unify_tied(leaves: list[Leaf], step: Step, graph: fx.Graph) -> list[Leaf]:
     return kept
 
 
-def refuse_writes(signature: Any) -> None:
+def refuse_writes(signature: Any, buffers: set[str]) -> None:
     for spec in signature.output_specs:
+        if spec.kind.name == "BUFFER_MUTATION" and spec.target not in buffers:
+            raise InvalidModelError(
+                "The model writes into a tensor that is neither a buffer of it nor made by it. "
+                "Register it: module.register_buffer(name, tensor)."
+            )
         if spec.kind.name == "USER_INPUT_MUTATION":
             raise InvalidModelError(
                 f"The model writes into its input {spec.target!r}. Let it work on a copy: "

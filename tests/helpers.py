@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 
@@ -42,3 +43,9 @@ def cast(tree, dtype):
     if isinstance(tree, (tuple, list)):
         return type(tree)(cast(v, dtype) for v in tree)
     return tree
+
+
+def some(values, every):
+    """Every so many by default, all of them under `-m slow`."""
+    for i, value in enumerate(values):
+        yield pytest.param(value, marks=() if i % every == 0 else pytest.mark.slow)

@@ -310,3 +310,13 @@ def test_the_model_s_own_error_stays_readable():
 def test_functions_of_torch_are_not_mistaken_for_models_with_parameters():
     with raises(ValueError, "parameter|wrt"):
         hesscale_fx.transform(lambda x: F.relu(x).sum(), example_inputs=(x(),))
+
+
+def test_writing_into_a_tensor_of_nobody():
+    x, mean, var = torch.randn(3, 4), torch.zeros(4), torch.ones(4)
+
+    def model(x):
+        return torch.nn.functional.batch_norm(x, mean, var, training=True).square().sum()
+
+    with raises(TypeError, "neither a buffer", "register_buffer"):
+        hesscale_fx.transform(model, None, (x,), wrt="inputs")

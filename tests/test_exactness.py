@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import relative_error, some
 from models import CASES, GPT
 from test_models import build
 from torch import nn
@@ -286,7 +286,7 @@ def conservative(net, loss, draw, hs, suspects, generator):
     return suspects
 
 
-@pytest.mark.parametrize("seed", range(NETWORKS))
+@pytest.mark.parametrize("seed", list(some(range(NETWORKS), 3)))
 def test_random_network_is_sound(seed):
     net, loss, draw = random_network(seed)
     if not list(net.parameters()):
@@ -545,7 +545,7 @@ def test_table():
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
     report = hesscale_fx.transform(net, F.cross_entropy, (x, y)).report()
     lines = str(report).splitlines()
-    assert lines[0] == "Hessian: 2 of 6 diagonals are exact"
+    assert lines[0] == "Hessian: 2 of 6 diagonals are exact; captured by torch.export"
     assert lines[1].split("  ")[0] == "parameter" and "diagonal" in lines[1]
     rows = {line.split()[0]: line.split()[1] for line in lines[3:]}
     assert rows == {n: report[n].status for n in report}

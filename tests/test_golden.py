@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, relative_error
+from helpers import assert_close, relative_error, some
 from torch import nn
 
 import hesscale_fx
@@ -36,7 +36,7 @@ def test_official_values(name, method):
     assert_close(dict(out.hess_diag), case[method], 1e-10, method, floor=0)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", list(some(GOLDEN, 3)))
 def test_the_last_layer_is_exact(name):
     case = GOLDEN[name]
     net, loss = _build(case)

@@ -109,15 +109,21 @@ BROAD = {
     "norm-batch-2d", "norm-layer", "dropout-plain", "recurrent-gru", "gpt", "embedding-bag-mean",
     "mixture-dense", "hand-spelled", "loss-cross-entropy-ignore-class", "loss-gaussian-nll",
 }  # fmt: skip
+# Some of a family, of which the others run by default.
+LONG = {
+    "transformer-encoder-post", "transformer-encoder-post-dropout", "transformer-encoder-padding",
+    "transformer-encoder-pre-dropout", "multihead-bias-kv", "multihead-causal-weights",
+}  # fmt: skip
 
 
 def _parameters():
     """Every case in every variant, those of one case together: they share a reference."""
-    assert set(CASES) >= BROAD
+    assert set(CASES) >= BROAD | LONG
     for name, made in CASES.items():
         for variant in ("float64", "float32", "bfloat16", "gauss-newton"):
             if variant != "gauss-newton" or made().loss is not None:
-                marks = () if variant == "float64" or name in BROAD else pytest.mark.slow
+                quick = name in BROAD or (variant == "float64" and name not in LONG)
+                marks = () if quick else pytest.mark.slow
                 yield pytest.param(name, variant, id=f"{name}-{variant}", marks=marks)
 
 

@@ -1243,8 +1243,7 @@ def _first(name):
 def _pairs():
     for name, made in FAMILIES.items():
         for i, spelling in enumerate(list(made.spellings)[1:]):
-            few = 1 if made.shape == (5, 6) else 2  # attention takes longest
-            marks = [pytest.mark.slow] if i >= few else []
+            marks = [pytest.mark.slow] if i else []
             yield pytest.param(name, spelling, id=f"{name}: {spelling}", marks=marks)
 
 
@@ -1382,6 +1381,7 @@ def _gru_layer(x, h, w):
     return torch.gru(x, h[None], w, True, 1, 0.0, False, False, True)[0][:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "spellings"),
     [

@@ -276,6 +276,7 @@ def test_grad_mode_and_inference_around_it_do_not_matter():
 # ------------------------------------------------------------------ memory
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_one_sample_when_the_next_begins(monkeypatch):
     """Memory does not grow: as many tensors are alive at every sample, however many there are."""
     net, x, y = mlp(16)

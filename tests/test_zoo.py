@@ -15,7 +15,7 @@ import hesscale_fx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from models import measure
+from real_models import measure
 
 from zoo import CASES, classics
 

@@ -493,3 +493,23 @@ def baddbmm(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -
 @defines(aten.addr.default, at_capture=True)
 def addr(a: Tensor, b: Tensor, c: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     return scaled_sum(beta, a, alpha, b.unsqueeze(1) * c)
+
+
+def reduced(loss: Tensor, reduction: int) -> Tensor:
+    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+
+
+@defines(aten.multilabel_margin_loss.default, at_capture=True)
+def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """PyTorch's own decomposition reads the labels otherwise than its kernel."""
+    rows = x if x.dim() == 2 else x.unsqueeze(0)
+    labels = target if x.dim() == 2 else target.unsqueeze(0)
+    classes = torch.arange(rows.shape[1], device=x.device)
+    # Labels count up to the first -1 of their row.
+    valid = (labels < 0).to(torch.int64).cumsum(1) == 0
+    is_target = ((labels.unsqueeze(2) == classes) & valid.unsqueeze(2)).any(1)
+    picked = rows.gather(1, labels.clamp(min=0)).unsqueeze(2)
+    hinge = (1 - picked + rows.unsqueeze(1)).clamp(min=0)
+    counted = valid.unsqueeze(2) & ~is_target.unsqueeze(1)
+    loss = (hinge * counted.to(x.dtype)).sum((1, 2)) / rows.shape[1]
+    return reduced(loss if x.dim() == 2 else loss.squeeze(0), reduction)

@@ -191,11 +191,6 @@ TABLE: dict[Any, Structure] = {
     **{op: Columns() for op in OF_TENSORS if op not in TIES},
     **{op: Columns(linear=True, accepts=adds_or_chooses) for op in packets("segment_reduce")},
     **{op: Columns(implementation=pair_distances) for op in packets("_pdist_forward")},
-    # Linear but for kinks, in each row alone.
-    **{
-        op: Columns(core=1, linear=True)
-        for op in packets("multilabel_margin_loss", "multilabel_margin_loss_forward")
-    },
 }
 
 # Bijections of elements and broadcasts: regions see through them.

@@ -1,6 +1,6 @@
 """Real models: captured how, how fast, and how far from autograd and from the exact diagonal.
 
-    python benchmarks/models.py [--only PATTERN] [--samples 4] [--seconds 60] [--write FILE]
+    python benchmarks/real_models.py [--only PATTERN] [--samples 4] [--seconds 60] [--write FILE]
 
 Every model of `benchmarks/zoo` has random weights, a tiny configuration and its own loss, runs in
 float64 in train mode, and is held to plain autograd. The diagonal is compared with an independent
