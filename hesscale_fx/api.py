@@ -84,9 +84,20 @@ def transform(
             takes nothing. Given, the graph is captured now and another kind of call raises; else
             at the first call, and again for calls that the graphs so far do not serve.
         example_kwargs: keyword arguments of the model in such a call.
-        method: ``"hesscale"`` (Elsayed & Mahmood 2022), or ``"hesscale_gn"``, which keeps only the
-            curvature of the loss (a generalized Gauss-Newton diagonal; it needs `loss` or
-            `hesscale_fx.output`).
+        method: what is computed:
+
+            - ``"hesscale"`` (Elsayed & Mahmood 2022).
+            - ``"hesscale_gn"``, which keeps only the curvature of the loss: an approximation of
+              the Gauss-Newton diagonal.
+            - ``"bl89"`` (Becker & LeCun 1989), the softmax of the loss as if elementwise.
+            - ``"ggn"``, the diagonal of the generalized Gauss-Newton matrix, exact for a loss
+              that is convex in the model's output.
+            - ``"empirical_fisher"``, the sum of squared gradients per sample.
+            - ``"hutchinson"``, the mean of ``z * Hz`` over `samples` random sign vectors z.
+            - ``"exact"``, one Hessian-vector product a coordinate; for small models.
+
+            ``"hesscale_gn"``, ``"bl89"``, ``"ggn"`` and `columns` must know where the model ends:
+            pass `loss`, or mark the output with `hesscale_fx.output`.
         wrt: which tensors to differentiate: names, prefixes (``"encoder"``), patterns
             (``"*.weight"``), a predicate on (name, parameter), or ``"inputs"`` for the
             floating-point inputs; a list mixes them. By default all parameters that require grad.
@@ -95,6 +106,20 @@ def transform(
             ``"exact"``, the columns of its Jacobian, one backward pass for each element of its
             output and of its operand, for small ones; or ``"estimate"``, unbiased by random signs
             that are drawn in each call, at any size.
+
+        columns: for ``"hesscale"`` how many columns of a square root of the loss's Hessian at the
+            model's output are pulled back exactly, squared per sample at the parameters, in place
+            of the Gauss-Newton part of the recursion: 0 (none, the paper's method), a number (so
+            many random combinations; unbiased for that part), or ``"exact"`` (all there are:
+            outputs per sample). For ``"ggn"`` the same, by default ``"exact"``. The negative part
+            of a loss that is not convex flows as in the recursion. Where samples interact (batch
+            norm in training) the whole batch counts as one sample.
+        samples: of ``"hutchinson"``, 1 by default.
+        generator: of the random signs, on the device of the model; else torch's own.
+        calibrate: for ``"hesscale"``: True or a number n of calls, to give the Gauss-Newton part of
+            each parameter tensor the trace of the Gauss-Newton matrix by one factor, estimated by
+            `columns` columns (1 by default) at every call, or every n-th. See
+            `HesScaleModule.factors`.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
