@@ -423,7 +423,8 @@ def report_of(
         state = states.get(primitives.of[leaf.node], Exactness())
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
         losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
-        entries[name] = Entry(state.exact, losses)
+        exact = method.exactness == "always" or method.exactness == "recursion" and state.exact
+        entries[name] = Entry(exact, () if exact else losses)
     return Report(entries, method.of, captured.way, tuple(d.describe() for d in captured.fixed))
 
 

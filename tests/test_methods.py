@@ -183,3 +183,17 @@ def test_methods_that_need_a_boundary_say_so():
     for method in ("bl89", "ggn"):
         with pytest.raises(hesscale_fx.HesScaleError, match="hesscale_fx.output"):
             transform(model, wrt="inputs", example_inputs=(torch.randn(4, 5),), method=method)
+
+
+def test_a_report_calls_exact_only_what_is():
+    net, inputs, y = mlp(), torch.randn(4, 5), labels(4)
+    expected = {
+        "hesscale": True, "hesscale_gn": True, "bl89": False, "ggn": True, "hutchinson": False,
+        "empirical_fisher": True, "exact": True,
+    }  # fmt: skip
+    for method, exact in expected.items():
+        hs = transform(net, F.cross_entropy, (inputs, y), method=method)
+        assert hs.report()["4.weight"].exact == exact, method
+    assert not transform(net, F.cross_entropy, (inputs, y), columns=1).report()["4.weight"].exact
+    hs = transform(net, F.cross_entropy, (inputs, y), calibrate=True)
+    assert not hs.report()["4.weight"].exact

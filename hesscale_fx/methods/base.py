@@ -72,6 +72,8 @@ class Method:
     columns: int | None = 0  # at the model's output; None: all there are
     # What the method returns, as a report calls it.
     of = "Hessian"
+    # When its diagonals are exact: where the recursion is, "always" or "never".
+    exactness = "recursion"
 
     def seed(self, loss: Tensor) -> dict[str, Tensor | None]:
         """The values at the loss; None is zero."""

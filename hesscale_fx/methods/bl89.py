@@ -22,6 +22,7 @@ class BL89(Method):
 
     name: str = "bl89"
     needs_boundary = True
+    exactness = "never"
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "grad":

@@ -34,6 +34,10 @@ class Calibrated(Columns):
         fresh = ("columns", "mass") if self.refresh else ()
         return ("grad", *fresh, "gauss", "hess")
 
+    @property
+    def exactness(self) -> str:  # type: ignore[override]
+        return "never"
+
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "mass":
             return sums(at.squared_vjp(y["mass"]), self.own_squares(at, y, place))

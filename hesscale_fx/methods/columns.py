@@ -36,6 +36,10 @@ class Columns(Method):
     def of(self) -> str:  # type: ignore[override]
         return "Hessian" if self.curved else "Gauss-Newton"
 
+    @property
+    def exactness(self) -> str:  # type: ignore[override]
+        return "recursion" if self.columns is None else "never"
+
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "grad":
             return at.vjp(y["grad"])

@@ -26,6 +26,7 @@ class EmpiricalFisher(Columns):
     curved: bool = False
     needs_boundary = False
     of = "squared gradients"
+    exactness = "always"
 
     def seed(self, loss: Tensor) -> dict[str, Tensor | None]:
         one = torch.ones_like(loss)

@@ -21,6 +21,7 @@ class Hutchinson(Method):
 
     name: str = "hutchinson"
     samples: int = 1
+    exactness = "never"
     roles = ("grad",)
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
@@ -67,6 +68,7 @@ class Exact(Method):
     """
 
     name: str = "exact"
+    exactness = "always"
     roles = ("grad",)
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
