@@ -19,6 +19,7 @@ from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
+from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
 from hesscale_fx.emit import Emission
@@ -30,14 +31,18 @@ from hesscale_fx.errors import (
     UnsupportedOperatorError,
     source_line,
 )
+from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
-from hesscale_fx.methods import METHODS, Method
+from hesscale_fx.lossroot import tail_of
+from hesscale_fx.methods import Calibrated, HesScale, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
-from hesscale_fx.names import source_name
+from hesscale_fx.names import CALIBRATION, source_name
+from hesscale_fx.random import Signs
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 from hesscale_fx.stages import Stages, log
 from hesscale_fx.structures import Structure
+from hesscale_fx.structures.base import wide
 from hesscale_fx.structures.columns import LARGE, Columns, Estimate
 from hesscale_fx.structures.contraction import contracting_in
 
@@ -60,6 +65,10 @@ def transform(
     method: str = "hesscale",
     wrt: Wrt = None,
     dynamic: bool = True,
+    columns: int | str | None = None,
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+    calibrate: bool | int | None = None,
     fallback: str | None = None,
     curvature_dtype: torch.dtype | None = None,
     every: int = 1,
@@ -80,9 +89,20 @@ def transform(
             takes nothing. Given, the graph is captured now and another kind of call raises; else
             at the first call, and again for calls that the graphs so far do not serve.
         example_kwargs: keyword arguments of the model in such a call.
-        method: ``"hesscale"`` (Elsayed & Mahmood 2022), or ``"hesscale_gn"``, which keeps only the
-            curvature of the loss (a generalized Gauss-Newton diagonal; it needs `loss` or
-            `hesscale_fx.output`).
+        method: what is computed:
+
+            - ``"hesscale"`` (Elsayed & Mahmood 2022).
+            - ``"hesscale_gn"``, which keeps only the curvature of the loss: an approximation of
+              the Gauss-Newton diagonal.
+            - ``"bl89"`` (Becker & LeCun 1989), the softmax of the loss as if elementwise.
+            - ``"ggn"``, the diagonal of the generalized Gauss-Newton matrix, exact for a loss
+              that is convex in the model's output.
+            - ``"empirical_fisher"``, the sum of squared gradients per sample.
+            - ``"hutchinson"``, the mean of ``z * Hz`` over `samples` random sign vectors z.
+            - ``"exact"``, one Hessian-vector product a coordinate; for small models.
+
+            ``"hesscale_gn"``, ``"bl89"``, ``"ggn"`` and `columns` must know where the model ends:
+            pass `loss`, or mark the output with `hesscale_fx.output`.
         wrt: which tensors to differentiate: names, prefixes (``"encoder"``), patterns
             (``"*.weight"``), a predicate on (name, parameter), or ``"inputs"`` for the
             floating-point inputs; a list mixes them. By default all parameters that require grad.
@@ -97,6 +117,20 @@ def transform(
         every: compute curvature at the first call and each `every`-th after it (``hs.calls``
             counts). The calls in between run the graph of the loss and its gradients alone and
             return an empty ``hess_diag``: an old diagonal is never passed off as a new one.
+
+        columns: for ``"hesscale"`` how many columns of a square root of the loss's Hessian at the
+            model's output are pulled back exactly, squared per sample at the parameters, in place
+            of the Gauss-Newton part of the recursion: 0 (none, the paper's method), a number (so
+            many random combinations; unbiased for that part), or ``"exact"`` (all there are:
+            outputs per sample). For ``"ggn"`` the same, by default ``"exact"``. The negative part
+            of a loss that is not convex flows as in the recursion. Where samples interact (batch
+            norm in training) the whole batch counts as one sample.
+        samples: of ``"hutchinson"``, 1 by default.
+        generator: of the random signs, on the device of the model; else torch's own.
+        calibrate: for ``"hesscale"``: True or a number n of calls, to give the Gauss-Newton part of
+            each parameter tensor the trace of the Gauss-Newton matrix by one factor, estimated by
+            `columns` columns (1 by default) at every call, or every n-th. See
+            `HesScaleModule.factors`.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
@@ -121,7 +155,9 @@ def transform(
         >>> hess_diag["0.weight"].shape
         torch.Size([8, 4])
     """
-    builder = Builder(model, loss, method, wrt, dynamic, fallback, curvature_dtype)
+    asked = {"columns": columns, "samples": samples, "generator": generator, "calibrate": calibrate}
+    options = {name: value for name, value in asked.items() if value is not None}
+    builder = Builder(model, loss, method, wrt, dynamic, fallback, curvature_dtype, options)
     schedule = Schedule(every)
     hs = HesScaleModule(
         builder.model,
@@ -154,16 +190,16 @@ class Builder:
         dynamic: bool,
         fallback: str | None = None,
         curvature_dtype: torch.dtype | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         if fallback is not None and fallback not in FALLBACKS:
             raise InvalidArgumentError(
                 f"Unknown fallback {fallback!r}; choose None or one of "
                 f"{', '.join(map(repr, FALLBACKS))}."
             )
-        if method not in METHODS:
-            raise InvalidArgumentError(
-                f"Unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}."
-            )
+        self.method = make_method(method, options or {})
+        self.generator: torch.Generator | None = (options or {}).get("generator")
+        self.calibrate = int((options or {}).get("calibrate", 0))
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
         if curvature_dtype not in CURVATURE_DTYPES:
@@ -171,9 +207,13 @@ class Builder:
                 f"curvature_dtype must be torch.bfloat16, torch.float32 or None, not "
                 f"{curvature_dtype!r}. (Squares leave the range of float16.)"
             )
+        if curvature_dtype is torch.bfloat16 and not isinstance(self.method, HesScale):
+            raise InvalidArgumentError(
+                "curvature_dtype is for the recursion: method='hesscale' or 'hesscale_gn' without "
+                "columns or calibration."
+            )
         self.model, self.prefix = as_module(model)
         self.loss = loss
-        self.method: Method = METHODS[method]
         self.wrt = wrt
         self.dynamic = dynamic
         self.fallback = fallback
@@ -181,7 +221,7 @@ class Builder:
         self.step = Step(self.model, loss)
         self._built = 0
         self.names = self._parameter_names()
-        self._selected()  # complain about `wrt` now, not at the first call
+        self.selected = self._selected()  # complain about `wrt` now, not at the first call
 
     def _parameter_names(self) -> dict[str, tuple[str, nn.Parameter]]:
         """User's name -> (name within `step`, parameter), tied ones once."""
@@ -256,6 +296,9 @@ class Builder:
                     program = self.compile(captured, stages)
                 if not serves(program.signature, args, kwargs):
                     continue  # a batch of one is captured as two; a rule has fixed it since
+                if isinstance(self.method, Calibrated) and self.calibrate > 1:
+                    kept = replace(self.method, refresh=False)
+                    program.steady = self.compile(captured, stages, kept)
                 stages.total()
                 return program
             except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
@@ -265,12 +308,29 @@ class Builder:
                 reason = error
         raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
-    def compile(self, captured: Captured, stages: Stages) -> Program:
-        """Analyse and emit."""
-        outputs = self._outputs(captured)
-        if self.method.needs_boundary and not captured.boundary:
+    def factors(self) -> torch.Tensor | None:
+        """Factors of a calibrated method, all 1, one a parameter that is differentiated."""
+        if not isinstance(self.method, Calibrated):
+            return None
+        if self.wants_inputs:
             raise InvalidArgumentError(
-                f"method={self.method.name!r} treats the model and the loss differently, but no "
+                "calibrate= keeps a factor for each parameter; wrt='inputs' has none. Use columns=."
+            )
+        if CALIBRATION in dict(self.model.named_buffers()) or hasattr(self.model, CALIBRATION):
+            raise InvalidModelError(
+                f"The model has an attribute {CALIBRATION!r}, which calibrate= needs for its "
+                "factors. Rename it."
+            )
+        first = self.names[self.selected[0]][1]
+        return torch.ones(len(self.selected), dtype=wide(first.dtype), device=first.device)
+
+    def compile(self, captured: Captured, stages: Stages, method: Method | None = None) -> Program:
+        """Analyse and emit."""
+        method = method or self.method
+        outputs = self._outputs(captured)
+        if method.needs_boundary and not captured.boundary:
+            raise InvalidArgumentError(
+                f"method={method.name!r} treats the model and the loss differently, but no "
                 "loss was given. Pass it: transform(model, loss), or mark the model's output "
                 "with hesscale_fx.output(z)."
             )
@@ -288,28 +348,62 @@ class Builder:
             loss,
             active,
             primitives.source,
-            inside if self.method.needs_boundary else None,
+            inside if method.needs_boundary else None,
         )
         check_supported(partition, primitives.source, self.fallback)
         stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
         stages.done("exactness")
+        samples, tail = None, None
+        boundary = [primitives.of[n] for n in captured.boundary]
+        if method.needs_samples:
+            one = boundary[0] if method.needs_boundary else None
+            samples = Samples(partition.units, partition, one)
+            if not method.needs_boundary and not samples.found:
+                raise InvalidModelError(
+                    f"method={method.name!r} squares the gradient of each sample, but the samples "
+                    "of this model interact, or none was found in the leading dimension. Batch "
+                    "norm in training does that: put it in eval mode, or use another method."
+                )
+        if method.needs_samples and method.needs_boundary:
+            native = Native(primitives, partition.units)
+            tail = tail_of(
+                primitives.graph,
+                partition.units,
+                partition,
+                states,
+                native,
+                boundary,
+                loss,
+                f"method={method.name!r}" if method.name != "hesscale" else "columns",
+            )
+        linear = {u for u in partition.units if all(map(partition.is_linear, u.nodes))}
         emission = Emission(
-            captured, primitives, partition.units, states, inside, self.method, fake_mode
+            captured,
+            primitives,
+            partition.units,
+            states,
+            inside,
+            method,
+            fake_mode,
+            samples,
+            tail,
+            linear,
         )
         with contracting_in(self.curvature_dtype):
             graph = emission.run(outputs)
-        stages.done("emission", f"{len(graph.nodes)} nodes, method {self.method.name}")
+        stages.done("emission", f"{len(graph.nodes)} nodes, method {method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
             graph=graph,
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(self.method, outputs, primitives, exact, captured),
+            report=report_of(method, outputs, primitives, exact, captured),
             captured=captured,
             primitives=primitives,
             units=partition.units,
+            random=[Signs.of(n) for n in emission.random],
         )
 
     def _outputs(self, captured: Captured) -> dict[str, Leaf]:
@@ -360,9 +454,9 @@ def report_of(
         state = states.get(primitives.of[leaf.node], Exactness())
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
         losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
-        entries[name] = Entry(state.exact, losses)
-    of = "Gauss-Newton" if method.needs_boundary else "Hessian"
-    return Report(entries, of, captured.way, tuple(d.describe() for d in captured.fixed))
+        exact = method.exactness == "always" or method.exactness == "recursion" and state.exact
+        entries[name] = Entry(exact, () if exact else losses)
+    return Report(entries, method.of, captured.way, tuple(d.describe() for d in captured.fixed))
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -19,6 +19,7 @@ def reverse(
     seed: dict[str, Any],
     pull: Callable[[Unit, Flow], Flow],
     add: Callable[[Slot, str, Any, Any], Any],
+    arrive: Callable[[Slot, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[fx.Node, dict[str, Any]]:
     """Pull values from the loss to every leaf.
 
@@ -28,6 +29,7 @@ def reverse(
         seed: its values by role; None is zero.
         pull: gives the values for a unit's inputs from those at its outputs.
         add: the sum of two values for a tensor that is used twice.
+        arrive: may change the values of a tensor, before its producer is asked.
 
     Returns:
         For each leaf its values by role.
@@ -37,6 +39,9 @@ def reverse(
     flow[loss, producer] = dict(seed)
     for unit in reversed(units):
         arrived = [flow.pop((n, unit), {}) for n in unit.outputs]
+        if arrive is not None:
+            slots = [(n, unit) for n in unit.outputs]
+            arrived = [arrive(s, a) if a else a for s, a in zip(slots, arrived, strict=True)]
         y = {role: [a.get(role) for a in arrived] for role in seed}
         if all(v is None for values in y.values() for v in values):
             continue

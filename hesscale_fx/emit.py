@@ -22,13 +22,16 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from hesscale_fx import structures
 from hesscale_fx.analysis.exactness import State
 from hesscale_fx.analysis.primitives import Primitives
+from hesscale_fx.analysis.samples import Rows, Samples
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.backward import Flow, Slot, reverse
 from hesscale_fx.capture import Captured, Leaf
 from hesscale_fx.errors import UnsupportedOperatorError, source_line
 from hesscale_fx.evaluate import Native, evaluate
-from hesscale_fx.methods import Method
-from hesscale_fx.names import Origin, annotate, rename
+from hesscale_fx.lossroot import Tail
+from hesscale_fx.methods import Calibrated, Hutchinson, Method, Output, Place
+from hesscale_fx.names import CALIBRATION, Origin, annotate, rename
+from hesscale_fx.recompute import Recomputed
 from hesscale_fx.simplify import Constants, simplify
 from hesscale_fx.structures.base import wide, zero_test
 from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
@@ -55,6 +58,9 @@ class Emission:
         inside: set[fx.Node],
         method: Method,
         fake_mode: Any,
+        samples: Samples | None = None,
+        tail: Tail | None = None,
+        linear: set[Unit] | None = None,
     ) -> None:
         self._captured = captured
         self._primitives = primitives
@@ -63,6 +69,12 @@ class Emission:
         self._exactness = exactness
         self._inside = inside
         self._method = method
+        self._samples = samples
+        self._tail = tail
+        self._linear = linear or set()
+        self._factors: list[fx.Node] = []  # of a calibrated method, one a result
+        self._position: dict[fx.Node, int] = {}  # differentiated leaf -> its place among them
+        self.random: list[fx.Node] = []  # placeholders of random signs
         self._fake_mode = fake_mode
         self._native = Native(primitives, units)
         self._graph = fx.Graph()
@@ -75,13 +87,24 @@ class Emission:
     def run(self, outputs: dict[str, Leaf]) -> fx.Graph:
         """Emit; `outputs` maps each name of the result to the leaf that is differentiated."""
         self._emit_forward()
+        if isinstance(self._method, Calibrated):
+            self._read_factors(outputs)
         loss = self._captured.loss
         results = reverse(
-            self._units, self._primitives.of[loss], self._seed(loss), self._pull, self._add
+            self._units,
+            self._primitives.of[loss],
+            self._seed(loss),
+            self._pull,
+            self._add,
+            self._begin if self._tail is not None else None,
         )
         found = self._read_out(outputs, results)
+        if isinstance(self._method, Calibrated):
+            found["hess"] = self._calibrate(outputs, results)
+        elif isinstance(self._method, Hutchinson):
+            found["hess"] = self._by_products(self._method, outputs)
         self._write_buffers()
-        self._graph.output((self._values[loss], *found.values()))
+        self._graph.output((self._values[loss], found["grad"], found["hess"]))
         generated = {n for n, o in self._origin.items() if o.role != "forward"}
         simplify(self._graph, generated)
         self._mark_outputs(outputs)
@@ -196,22 +219,27 @@ class Emission:
         """Emit the rule of a unit."""
         entering, key = signature(unit, self._native, self._primitives)
         present = [(role, i) for role in y for i, v in enumerate(y[role]) if v is not None]
-        inside = unit.nodes[-1] in self._inside
+        place = self._place(unit)
+        signs = self._signs(unit.inputs[0][0]) if place.is_root else None
         roles = self._method.roles
+        factors = self._factors_of(unit, place)
 
         def run(values: list[Any], tracer: Tracer) -> list[Any]:
             constants = Constants()
             token = zero_test.set(lambda t: tracer.has(t) and constants.is_zero(tracer.node(t)))
             known = dict(zip(entering, values, strict=False))
             arrived: dict[str, list[Any]] = {role: [None] * len(unit.outputs) for role in roles}
-            for (role, i), value in zip(present, values[len(entering) :], strict=True):
+            for (role, i), value in zip(present, values[len(entering) :], strict=False):
                 arrived[role][i] = value
+            arrived["signs"] = [None if signs is None else values[-1]]
+            after = iter(values[len(entering) + len(present) :])
+            arrived["factors"] = [None if f is None else next(after) for f in factors]
             try:
                 at = evaluate(unit, known.__getitem__, self._native)
                 results: list[Any] = []
                 for role in roles:
                     with tracer.role(role):
-                        found = self._method.pull(role, at, arrived, inside)
+                        found = self._method.pull(role, at, arrived, place)
                     check_shapes(unit, role, found)
                     results += found
                 return results
@@ -227,8 +255,11 @@ class Emission:
         exact = all(self._is_exact((n, unit)) for n in unit.outputs)
         source = self._primitives.source[unit.nodes[-1]]
         inputs = [self._value(n) for n in entering] + [y[role][i] for role, i in present]
+        inputs += [f for f in factors if f is not None]
+        inputs += [] if signs is None else [signs]
+        known = tuple(f is not None for f in factors)
         found = self._emit(
-            (key, tuple(present), inside),
+            (key, tuple(present), place, known),
             run,
             inputs,
             Origin(source, "grad", unit.structure, exact=exact, region=self._number[unit]),
@@ -240,6 +271,166 @@ class Emission:
                 if node is not None and node not in inputs:
                     self._mark_result(node, slot, role, unit.structure)
         return flow
+
+    def _place(self, unit: Unit) -> Place:
+        inside = unit.nodes[-1] in self._inside
+        curved_row = unit.region is not None and unit.region.name == "row"
+        is_row = curved_row and not inside and unit not in self._linear
+        if self._samples is None:
+            return Place(inside, is_row=is_row)
+        rows = [self._samples.rows((n, unit)) for n in unit.outputs]
+        is_root = self._tail is not None and self._tail.root is unit
+        return Place(inside, tuple(map(pair, rows)), self._samples.uses(unit), is_row, is_root)
+
+    # --- where the model ends ---------------------------------------------------------------------
+
+    def _begin(self, slot: Slot, values: dict[str, Any]) -> dict[str, Any]:
+        """Enter the model at its output with the columns of its method."""
+        tail = self._tail
+        assert tail is not None and self._samples is not None
+        if slot[0] is not tail.node:
+            return values
+        if slot != tail.slot:  # the same tensor at another level; its columns are in the other
+            return {role: v for role, v in values.items() if role == "grad"}
+        roles = self._method.roles
+        present = [role for role in roles if values.get(role) is not None]
+        signs = self._signs(tail.node) if tail.kind != "root" else None
+        entering = tail.again.entering if tail.kind == "full" else []
+        inputs = [self._value(tail.node), *(values[role] for role in present)]
+        inputs += [self._value(n) for n in entering]
+        inputs += [] if signs is None else [signs]
+        output = Output(tail.kind, pair(self._samples.rows(slot)), tail.coupled, tail.convex)
+
+        def run(given: list[Any], tracer: Tracer) -> list[Any]:
+            z, *rest = given
+            arrived: dict[str, Any] = dict.fromkeys(roles)
+            arrived.update(zip(present, rest, strict=False))
+            rest = rest[len(present) :]
+            with tracer.role("columns"):
+                hessian = tail.hessian(z, rest, output) if tail.kind == "full" else None
+                random = rest[-1] if signs is not None else None
+                if tail.kind == "root" and self._method.columns is not None:
+                    random = z  # the signs were in at the root
+                found = self._method.begin(z, arrived, output, (random, hessian))
+            return [found[role] for role in roles]
+
+        origin = Origin(self._primitives.source[tail.node], "columns")
+        found = self._emit(("begin", tail.node, output), run, inputs, origin)
+        return dict(zip(roles, found, strict=True))
+
+    def _signs(self, like: fx.Node) -> fx.Node | None:
+        """A placeholder for the random signs of the columns, if there are any."""
+        count = self._method.columns
+        if not count or "columns" not in self._method.roles:
+            return None
+        value = like.meta["val"]
+        return self._placeholder("signs", (count, *value.shape), wide(value.dtype), value.device)
+
+    def _placeholder(self, name: str, shape: Any, dtype: torch.dtype, device: Any) -> fx.Node:
+        first = next(n for n in self._graph.nodes if n.op not in ("placeholder", "get_attr"))
+        with self._graph.inserting_before(first):
+            made = self._graph.placeholder(f"random_{name}_{len(self.random)}")
+        with self._fake_mode:
+            made.meta["val"] = torch.empty(shape, dtype=dtype, device=device)
+        self.random.append(made)
+        return made
+
+    # --- calibration ------------------------------------------------------------------------------
+
+    def _read_factors(self, outputs: dict[str, Leaf]) -> None:
+        """One factor for each result, from the module's buffer."""
+        values = [leaf.node.meta["val"] for leaf in outputs.values()]
+        origin = Origin(self._captured.loss, "hess")
+        buffer = self._graph.create_node("get_attr", CALIBRATION)
+        with self._fake_mode:
+            shape, dtype = (len(values),), wide(values[0].dtype)
+            buffer.meta["val"] = torch.empty(shape, dtype=dtype, device=values[0].device)
+        self._buffer = buffer
+        self._origin[buffer] = Origin(self._captured.loss, "forward")
+        for i, leaf in enumerate(outputs.values()):
+            select = ("factor", i)
+
+            def pick(values: list[Any], tracer: Tracer, i: int = i) -> list[Any]:
+                return [values[0][i]]
+
+            (node,) = self._emit(select, pick, [buffer], origin)
+            assert node is not None
+            self._factors.append(node)
+            self._position[self._primitives.of[leaf.node]] = i
+
+    def _factors_of(self, unit: Unit, place: Place) -> list[fx.Node | None]:
+        """The factor of each input that is a parameter used here alone, if it is known."""
+        method = self._method
+        if not isinstance(method, Calibrated) or method.refresh or not place.inside:
+            return [None] * len(unit.inputs)
+        return [
+            self._factors[self._position[node]]
+            if producer is None and use in ("own", "once") and node in self._position
+            else None
+            for (node, producer), use in zip(unit.inputs, place.uses, strict=True)
+        ]
+
+    def _calibrate(
+        self, outputs: dict[str, Leaf], results: dict[fx.Node, dict[str, Any]]
+    ) -> dict[str, fx.Node]:
+        """The diagonals, each by its factor; writes new factors into the buffer."""
+        method = self._method
+        assert isinstance(method, Calibrated)
+        found, factors = {}, list(self._factors)
+        for i, (name, leaf) in enumerate(outputs.items()):
+            values = results.get(self._primitives.of[leaf.node], {})
+            present = [r for r in values if r != "grad" and values[r] is not None]
+
+            def run(given: list[Any], tracer: Tracer, present: list[str] = present) -> list[Any]:
+                known, *rest = given
+                at = dict(zip(present, rest, strict=True))
+                with tracer.role("hess"):
+                    factor = method.factor(at, known) if method.refresh else known
+                    return [method.scaled(at, factor), factor]
+
+            inputs = [self._factors[i], *(values[role] for role in present)]
+            origin = Origin(leaf.node, "hess")
+            node, factor = self._emit(("calibrate", tuple(present)), run, inputs, origin)
+            found[name] = node or self._zeros(leaf, "hess")
+            factors[i] = factor or factors[i]
+        if method.refresh:
+            origin = Origin(self._captured.loss, "hess")
+            (new,) = self._emit("factors", lambda v, tracer: [torch.stack(v)], factors, origin)
+            written = self._graph.call_function(aten.copy_.default, (self._buffer, new))
+            written.meta["val"] = self._buffer.meta["val"]
+            self._origin[written] = origin
+        return found
+
+    def _by_products(self, method: Hutchinson, outputs: dict[str, Leaf]) -> dict[str, fx.Node]:
+        """Emit Hessian-vector products with random signs, and what they say of each diagonal."""
+        leaves = [self._primitives.of[leaf.node] for leaf in outputs.values()]
+        again = Recomputed.of(self._primitives.graph, leaves)
+        values = [n.meta["val"] for n in leaves]
+        signs = [
+            self._placeholder("signs", (method.samples, *v.shape), wide(v.dtype), v.device)
+            for v in values
+        ]
+        loss = self._primitives.of[self._captured.loss]
+        entering = [self._value(n) for n in again.entering]
+        inputs = [*map(self._value, leaves), *signs, *entering]
+
+        def run(given: list[Any], tracer: Tracer) -> list[Any]:
+            n = len(leaves)
+            known = dict(zip(again.entering, given[2 * n :], strict=True))
+
+            def value(at: list[Tensor]) -> Tensor:
+                return again.run({**known, **dict(zip(leaves, at, strict=True))}, loss)
+
+            with tracer.role("hess"):
+                return method.estimate(value, given[:n], given[n : 2 * n])
+
+        origin = Origin(self._captured.loss, "hess", exact=False)
+        found = self._emit("products", run, inputs, origin)
+        results = {}
+        for node, (name, leaf) in zip(found, outputs.items(), strict=True):
+            results[name] = node or self._zeros(leaf, "hess")
+            self._origin[results[name]] = Origin(leaf.node, "hess", is_result=True, exact=False)
+        return results
 
     def _underivable(self, unit: Unit, error: Exception) -> UnsupportedOperatorError:
         sources = dict.fromkeys(self._primitives.source[n] for n in unit.nodes)
@@ -275,17 +466,34 @@ class Emission:
         self, outputs: dict[str, Leaf], results: dict[fx.Node, dict[str, Any]]
     ) -> dict[str, dict[str, fx.Node]]:
         """For each role the value of each name; zeros for what the loss does not reach."""
-        found: dict[str, dict[str, fx.Node]] = {role: {} for role in self._method.roles}
+        found: dict[str, dict[str, fx.Node]] = {"grad": {}, "hess": {}}
         for name, leaf in outputs.items():
             values = results.get(self._primitives.of[leaf.node], {})
-            for role in self._method.roles:
-                found[role][name] = values.get(role) or self._zeros(leaf, role)
+            found["grad"][name] = values.get("grad") or self._zeros(leaf, "grad")
+            found["hess"][name] = self._diagonal(leaf, values) or self._zeros(leaf, "hess")
         return found
+
+    def _diagonal(self, leaf: Leaf, values: dict[str, Any]) -> fx.Node | None:
+        """What the method makes of the values at a leaf."""
+        if isinstance(self._method, Calibrated):
+            return None
+        if set(values) <= {"grad", "hess"}:
+            return values.get("hess")
+        present = [role for role, value in values.items() if value is not None]
+
+        def run(given: list[Any], tracer: Tracer) -> list[Any]:
+            with tracer.role("hess"):
+                return [self._method.read_out(dict(zip(present, given, strict=True)))]
+
+        origin = Origin(leaf.node, "hess")
+        inputs = [values[role] for role in present]
+        (node,) = self._emit(("read out", tuple(present)), run, inputs, origin)
+        return node
 
     def _mark_outputs(self, outputs: dict[str, Leaf]) -> None:
         """Simplifying may have put a step on the way in the place of a result."""
         (results,) = self._graph.find_nodes(op="output")
-        for role, found in zip(self._method.roles, results.args[0][1:], strict=True):
+        for role, found in zip(("grad", "hess"), results.args[0][1:], strict=True):
             for name, node in found.items():
                 if self._origin[node].role == role:
                     slot = (self._primitives.of[outputs[name].node], None)
@@ -349,6 +557,10 @@ def signature(
     return entering, (tuple(nodes), tuple(sources), ends)
 
 
+def pair(rows: Rows | None) -> tuple[int, int] | None:
+    return None if rows is None else (rows.dim, rows.inner)
+
+
 def kind(node: fx.Node) -> Any:
     return kind_of(node) if isinstance(node.meta.get("val"), Tensor) else None
 
@@ -358,6 +570,7 @@ def check_shapes(unit: Unit, role: str, values: list[Tensor | None]) -> None:
     for (node, _), value in zip(unit.inputs, values, strict=True):
         if value is not None:
             want, have = node.meta["val"].shape, value.shape
+            have = have[1:] if role == "columns" else have
             fits = len(want) == len(have) and all(
                 not isinstance(a, int) or not isinstance(b, int) or a == b
                 for a, b in zip(want, have, strict=True)

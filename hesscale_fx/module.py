@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,10 +21,13 @@ from hesscale_fx.capture import Captured
 from hesscale_fx.decisions import MESSAGE
 from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
 from hesscale_fx.every import Schedule, without_curvature
+from hesscale_fx.methods import Exact
+from hesscale_fx.names import CALIBRATION
+from hesscale_fx.random import Signs
 from hesscale_fx.report import Report, Verification
 from hesscale_fx.signature import RETRANSFORM, Signature
 from hesscale_fx.stages import log
-from hesscale_fx.verify import graph_loss, model_loss, verify
+from hesscale_fx.verify import LossOf, exact_diagonal, graph_loss, model_loss, verify
 
 if TYPE_CHECKING:
     from hesscale_fx.inspect import Difference, Summary
@@ -111,11 +114,20 @@ class Program:
     captured: Captured
     primitives: Primitives
     units: list[Unit]
+    random: list[Signs] = field(default_factory=list)  # inputs after the call's own
+    steady: Program | None = None  # with calibration: for calls that refresh no factor
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
     between: Callable | None = None  # without curvature
     between_graph: fx.Graph | None = None
+
+    def with_signs(self, tensors: list[Any], generator: torch.Generator | None) -> list[Any]:
+        """A call's tensors followed by the random signs that the graph takes."""
+        if not self.random:
+            return tensors
+        sizes = self.signature.sizes(tensors)
+        return [*tensors, *(signs.draw(sizes, generator) for signs in self.random)]
 
     def __deepcopy__(self, memo: dict) -> Program:
         return Program(
@@ -127,6 +139,8 @@ class Program:
             self.captured,
             self.primitives,
             self.units,
+            self.random,
+            copy.deepcopy(self.steady, memo),
             self.function,
             self.asserts,
             self.code,
@@ -192,6 +206,8 @@ class HesScaleModule(fx.GraphModule):
         self._programs: OrderedDict[int, Program] = OrderedDict()
         self._active: Program | None = None
         self._lineno_map = self._prologue_start = None  # Dynamo reads them
+        self._calibration: Tensor | None = build.factors()
+        self._calls = 0
         self._link()
 
     def _link(self) -> None:
@@ -203,11 +219,30 @@ class HesScaleModule(fx.GraphModule):
         self._parameters = dict(model._parameters)
         self._buffers = dict(model._buffers)
         self._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
-        for program in self._programs.values():
+        if self._calibration is not None:
+            self._buffers[CALIBRATION] = self._calibration
+        for program in self._every_program():
             for name, value in program.constants.items():
                 self._buffers[name] = value
                 self._non_persistent_buffers_set.add(name)
         self.training = model.training
+
+    def _every_program(self) -> Iterator[Program]:
+        for program in self._programs.values():
+            yield program
+            if program.steady is not None:
+                yield program.steady
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Parameter name -> factor of its Gauss-Newton part, with ``calibrate=``; 1 at first.
+
+        They are held in the buffer ``calibration``, in this order: saved and loaded with the
+        module's state, and to be averaged over processes like any other buffer.
+        """
+        if self._calibration is None:
+            raise CallError("There are no factors: transform(..., calibrate=True) has them.")
+        return dict(zip(self._build.selected, self._calibration.tolist(), strict=True))
 
     # --- graph ----------------------------------------------------------------------------------
 
@@ -254,6 +289,9 @@ class HesScaleModule(fx.GraphModule):
         if program is None:
             return None
         self.__dict__["_graph"] = program.graph
+        if program.steady is not None:
+            code, program.steady.function = self._function_of(program.steady.graph, program.steady)
+            program.steady.code = code.src
         code, program.function = self._function_of(program.graph, program)
         program.code = code.src
         program.asserts = any(
@@ -402,12 +440,22 @@ class HesScaleModule(fx.GraphModule):
         program, tensors = self._find(args, kwargs)
         due = self._schedule is None or self._schedule.due()
         with torch.no_grad(), without_autocast():
-            if torch.compiler.is_compiling():
-                function = program.function if due else program.between
-                return Result(*function(self, *tensors))  # type: ignore[misc]
-            if not program.asserts:
-                return Result(*callable_of(program, due)(self, *tensors))
+            if isinstance(self._build.method, Exact) and due:
+                return self._exact(program, tensors, args, kwargs)
+            if torch.compiler.is_compiling() or not program.asserts:
+                return self._run(program, due, tensors)
             return self._run_asserting(program, due, tensors, args, kwargs)
+
+    def _run(self, program: Program, due: bool, tensors: list[Any]) -> Result:
+        if program.steady is not None and due:
+            refreshes = self._calls % self._build.calibrate == 0
+            self._calls += 1
+            program = program if refreshes else program.steady
+        tensors = program.with_signs(tensors, self._build.generator)
+        if torch.compiler.is_compiling():
+            function = program.function if due else program.between
+            return Result(*function(self, *tensors))  # type: ignore[misc]
+        return Result(*callable_of(program, due)(self, *tensors))
 
     def _run_asserting(
         self,
@@ -424,7 +472,7 @@ class HesScaleModule(fx.GraphModule):
         while True:
             random = RandomState.now()
             try:
-                return Result(*callable_of(program, due)(self, *tensors))
+                return self._run(program, due, tensors)
             except RuntimeError as error:
                 if MESSAGE not in str(error):
                     raise
@@ -539,29 +587,63 @@ class HesScaleModule(fx.GraphModule):
         """
         program, tensors = self._find(args, kwargs)
         state = torch.get_rng_state()
-        step, names = self._build.step, self._build.names
+        step = self._build.step
         before = {name: b.clone() for name, b in step.named_buffers()}
         out = self.forward(*args, **kwargs)  # computes curvature whatever the schedule
         with torch.no_grad():
             for name, buffer in step.named_buffers():
                 buffer.copy_(before[name])
+        losses, start = self._losses(program, tensors, args, kwargs, before)
+        chosen = {name: start[name] for name in out.hess_diag}
+        try:
+            return verify(losses, state, chosen, out.hess_diag, samples, seed)
+        finally:
+            torch.set_rng_state(state)
+
+    def _exact(
+        self, program: Program, tensors: list[Any], args: tuple, kwargs: Mapping[str, Any]
+    ) -> Result:
+        """Loss and gradients by the graph, the diagonal beside it."""
+        function = program.function
+        assert function is not None
+        state = torch.get_rng_state()
+        before = {name: b.clone() for name, b in self._build.step.named_buffers()}
+        out = Result(*function(self, *tensors))
+        after = torch.get_rng_state()
+        losses, start = self._losses(program, tensors, args, kwargs, before)
+        try:
+            diagonal = {
+                name: exact_diagonal(losses[::-1], state, {n: start[n] for n in out.grads}, name)
+                for name in out.grads
+            }
+        finally:
+            torch.set_rng_state(after)
+        return Result(out.loss, out.grads, diagonal)
+
+    def _losses(
+        self,
+        program: Program,
+        tensors: list[Any],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+    ) -> tuple[list[LossOf], dict[str, Tensor]]:
+        """The loss as functions to differentiate again, and where: inputs and parameters."""
+        step, names = self._build.step, self._build.names
         step.bind(args, kwargs)
         inputs = [i.name for i in program.signature.inputs]
         start = {
             **dict(zip(inputs, tensors, strict=True)),
             **{name: p.detach() for name, (_, p) in names.items()},
         }
-        buffers = {n.removeprefix("model."): b for n, b in step.named_buffers()}
+        state = {n.removeprefix("model."): b for n, b in buffers.items()}
         primitives = program.primitives
+        inner = {n: inner for n, (inner, _) in names.items()}
         losses = [
-            model_loss(step, {n: inner for n, (inner, _) in names.items()}, inputs, tensors),
-            graph_loss(program.captured, primitives.graph, primitives.of, {**start, **buffers}),
+            model_loss(step, inner, inputs, tensors, buffers),
+            graph_loss(program.captured, primitives.graph, primitives.of, {**start, **state}),
         ]
-        chosen = {name: start[name] for name in out.hess_diag}
-        try:
-            return verify(losses, state, chosen, out.hess_diag, samples, seed)
-        finally:
-            torch.set_rng_state(state)
+        return losses, start
 
     # --- what a module does ---------------------------------------------------------------------
 
@@ -569,8 +651,10 @@ class HesScaleModule(fx.GraphModule):
         self._model._apply(fn, recurse)
         if self._loss_module is not None:
             self._loss_module._apply(fn, recurse)
-        for program in self._programs.values():
+        for program in self._every_program():
             program.constants = {k: fn(v) for k, v in program.constants.items()}
+        if self._calibration is not None:
+            self._calibration = fn(self._calibration)
         self._link()
         if not self._lazy and self._active is not None:
             self._recapture(fn)
@@ -598,6 +682,9 @@ class HesScaleModule(fx.GraphModule):
         model, loss = copy.deepcopy((self._model, self._loss_module), memo)
         schedule = copy.copy(self._schedule)
         other = HesScaleModule(model, loss, build, self._lazy, schedule)
+        if self._calibration is not None:
+            other._calibration = self._calibration.clone()
+            other._link()
         for program in self._programs.values():
             twin = copy.deepcopy(program)
             other._programs[id(twin)] = twin
@@ -610,7 +697,7 @@ class HesScaleModule(fx.GraphModule):
         """Pickle what the graphs were made of; they are made again when loaded."""
         examples = [program.signature.example() for program in self._programs.values()]
         parts = (self._build, self._model, self._loss_module, self._lazy)
-        return rebuild, (*parts, examples, self._schedule)
+        return rebuild, (*parts, examples, self._schedule, self._calibration)
 
 
 def rebuild(
@@ -620,9 +707,11 @@ def rebuild(
     lazy: bool,
     examples: list,
     schedule: Schedule | None = None,
+    factors: Tensor | None = None,
 ) -> HesScaleModule:
     """A module that captures again at zeros of the shapes that were captured before."""
     hs = HesScaleModule(model, loss, build, lazy, schedule)
+    hs._calibration = factors
     for args, kwargs in examples:
         hs._capture(args, kwargs)
     return hs

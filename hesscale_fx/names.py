@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-ROLE = {"forward": "forward", "grad": "gradient", "hess": "curvature"}
+CALIBRATION = "calibration"  # the buffer of the factors, in the module that is returned
+ROLE = {
+    "forward": "forward",
+    "grad": "gradient",
+    "hess": "curvature",
+    "columns": "columns",
+    "gauss": "Gauss-Newton",
+    "mass": "mass",
+}
 
 
 @dataclass

@@ -107,6 +107,15 @@ class Signature:
             leaves[position] = torch.zeros(shape, dtype=want.dtype, device=want.device)
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def sizes(self, tensors: list[Tensor]) -> dict[str, int]:
+        """The free sizes by name, as a call has them."""
+        return {
+            str(size): have.shape[d]
+            for want, have in zip(self.inputs, tensors, strict=True)
+            for d, size in enumerate(want.shape)
+            if isinstance(size, sympy.Symbol)
+        }
+
     def mismatch(self, tensors: list[Any]) -> Exception | None:
         """Why the graph does not serve these tensors, or None."""
         bound: dict[Any, Any] = {}

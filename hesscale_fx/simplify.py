@@ -267,7 +267,9 @@ def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
         aten.clone.default,
         aten._to_copy.default,
     ):
-        candidate = first if same_layout(node, first) else None
+        # A copy may be there to give a kernel that reads memory in order what it needs.
+        copies = target is aten.clone.default and not same_strides(node, first)
+        candidate = first if not copies and same_layout(node, first) else None
     elif target in (aten.neg.default, aten.t.default) and first.target is target:
         candidate = first.args[0]
     elif target is aten.pow.Tensor_Scalar and second == 1:
@@ -293,6 +295,11 @@ def accumulate(graph: fx.Graph, node: fx.Node) -> None:
             node.target = FUSED[product.target]
             node.args = (a, *product.args)
             return
+
+
+def same_strides(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"].stride(), b.meta["val"].stride()
+    return list(map(str, x)) == list(map(str, y))
 
 
 def same_layout(node: fx.Node, first: fx.Node) -> bool:

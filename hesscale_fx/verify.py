@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +16,17 @@ from hesscale_fx import structures
 from hesscale_fx.capture import Captured
 from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.report import Agreement, Verification
+from hesscale_fx.structures.base import several, wide
 
 LossOf = Callable[[dict[str, Tensor]], Tensor]
 
 
 def model_loss(
-    step: nn.Module, inner: Mapping[str, str], inputs: list[str], tensors: list[Tensor]
+    step: nn.Module,
+    inner: Mapping[str, str],
+    inputs: list[str],
+    tensors: list[Tensor],
+    buffers: Mapping[str, Tensor],
 ) -> LossOf:
     """The scalar loss of the original model as a function of parameters and inputs.
 
@@ -29,10 +35,11 @@ def model_loss(
         inner: user's parameter name -> name within `step`.
         inputs: names of the flat tensors.
         tensors: their values.
+        buffers: those of `step`, by name.
     """
 
     def loss(values: dict[str, Tensor]) -> Tensor:
-        state = {name: b.clone() for name, b in step.named_buffers()}
+        state = {name: b.clone() for name, b in buffers.items()}
         state.update({inner[n]: v for n, v in values.items() if n in inner})
         flat = [values.get(n, t) for n, t in zip(inputs, tensors, strict=True)]
         return torch.func.functional_call(step, state, tuple(flat))
@@ -150,6 +157,63 @@ def _entries(
             found[k] = row.reshape(-1)[i].detach().double().cpu()
             advance()
     return found
+
+
+def exact_diagonal(
+    losses: list[LossOf], state: Tensor, parameters: dict[str, Tensor], name: str, chunk: int = 64
+) -> Tensor:
+    """The Hessian diagonal of one parameter, by one Hessian-vector product for each coordinate.
+
+    Args:
+        losses: the scalar loss at given parameters; a later one where an earlier one fails.
+        state: of the default generator at the start of each evaluation.
+        parameters: where to evaluate.
+        name: of the parameter.
+        chunk: so many products at once, where the operators have batched kernels.
+
+    Returns:
+        The diagonal in the parameter's shape and dtype, at least float32.
+    """
+    for attempt, loss in enumerate(losses):
+        try:
+            return _diagonal(loss, state, parameters, name, chunk)
+        except (RuntimeError, NotImplementedError):
+            if attempt == len(losses) - 1:
+                raise
+    raise AssertionError("no loss given")
+
+
+def _diagonal(
+    loss: LossOf, state: Tensor, parameters: dict[str, Tensor], name: str, chunk: int
+) -> Tensor:
+    x = parameters[name].detach().clone().requires_grad_()
+    found = torch.zeros(x.numel(), dtype=wide(x.dtype), device=x.device)
+    torch.set_rng_state(state)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        value = loss({**parameters, name: x})
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)
+            if grad.requires_grad:
+                for start in range(0, x.numel(), chunk):
+                    stop = min(start + chunk, x.numel())
+                    found[start:stop] = _rows(grad, x, start, stop)
+    return found.reshape(x.shape)
+
+
+def _rows(grad: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
+    """Entries start to stop of the diagonal."""
+    eye = torch.zeros(stop - start, x.numel(), dtype=grad.dtype, device=grad.device)
+    eye[:, start:stop].fill_diagonal_(1)
+
+    def pull(one: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(grad, x, one[0], True, allow_unused=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        (rows,) = several(pull, [eye.reshape(-1, *x.shape)])
+    if rows is None:
+        return torch.zeros(stop - start, dtype=grad.dtype, device=grad.device)
+    return rows.reshape(stop - start, -1)[:, start:stop].diagonal().detach()
 
 
 @contextmanager

@@ -404,6 +404,8 @@ def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
         return _convolution(y, x, args, node)
     if target in ALONG and x == y and (target is not aten.roll.default or len(args) > 2):
         return Passage(set(), same, set(), moved=_acted(args, target, x))
+    if target in (aten.tril.default, aten.triu.default):
+        return Passage(set(), same, set())
     if target in BIJECTIONS:
         return Passage(set(), {}, set(), all_dims(node))
     if target in (aten.select.int, aten.unbind.int):

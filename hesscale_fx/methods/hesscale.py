@@ -4,37 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from hesscale_fx.methods.base import Flow
+from hesscale_fx.methods.base import Flow, Method, Place, sums
 from hesscale_fx.structures import Evaluation
-from hesscale_fx.structures.base import add
 
 
 @dataclass(frozen=True)
-class HesScale:
+class HesScale(Method):
     """``s_x = (J o J)^T s_y + sum_k g_y[k] d2 y[k]/dx^2``, started at zero.
 
     With `gauss_newton` the second term is dropped inside the model, so that only the curvature of
     the loss flows through it.
     """
 
-    name: str
+    name: str = "hesscale"
     gauss_newton: bool = False
-    roles: tuple[str, ...] = ("grad", "hess")
 
     @property
-    def needs_boundary(self) -> bool:
+    def needs_boundary(self) -> bool:  # type: ignore[override]
         return self.gauss_newton
 
-    def seed(self, loss: Tensor) -> dict[str, Tensor | None]:
-        return {"grad": torch.ones_like(loss), "hess": None}
+    @property
+    def of(self) -> str:  # type: ignore[override]
+        return "Gauss-Newton" if self.gauss_newton else "Hessian"
 
-    def pull(self, role: str, at: Evaluation, y: Flow, inside: bool) -> list[Tensor | None]:
+    def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "grad":
             return at.vjp(y["grad"])
         passed = at.squared_vjp(y["hess"])
-        if self.gauss_newton and inside:
+        if self.gauss_newton and place.inside:
             return passed
-        return [add(a, b) for a, b in zip(passed, at.curvature(y["grad"]), strict=True)]
+        return sums(passed, at.curvature(y["grad"]))

@@ -59,7 +59,7 @@ class Evaluation(Protocol):
     """
 
     def vjp(self, u: Tensors) -> list[Tensor | None]:
-        """``J^T u``."""
+        """``J^T u``; if u has one more dimension in front, for each of its entries."""
 
     def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
         """``(J o J)^T s``."""
@@ -115,7 +115,40 @@ def vjp(outputs: Tensors, inputs: list[Tensor], u: Tensors) -> list[Tensor | Non
     if not pairs:
         return [None] * len(inputs)
     ys, cs = zip(*pairs, strict=True)
+    if cs[0].dim() > ys[0].dim():
+        return several(
+            lambda one: torch.autograd.grad(ys, inputs, one, True, allow_unused=True), cs
+        )
     return [or_none(g) for g in torch.autograd.grad(ys, inputs, cs, allow_unused=True)]
+
+
+# Up to so many backward passes are written out one by one: no kernel needs a batched form.
+UNROLLED = 8
+
+
+def several(
+    pull: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], u: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """`pull` for each entry of the first dimension of u, together or, failing that, in turn."""
+    known: list[bool] = []
+
+    def present(one: Sequence[Tensor]) -> list[Tensor]:
+        found = pull(one)
+        known[:] = [g is not None for g in found]
+        return [g for g in found if g is not None]
+
+    count = u[0].shape[0]
+    try:
+        if isinstance(count, int) and count <= UNROLLED:
+            raise NotImplementedError
+        stacked = list(torch.vmap(present)(list(u)))
+    except (RuntimeError, NotImplementedError):
+        if not isinstance(count, int):
+            raise
+        each = [present([v[k] for v in u]) for k in range(count)]
+        stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    rest = iter(stacked)
+    return [next(rest) if k else None for k in known]
 
 
 class Structure(Protocol):

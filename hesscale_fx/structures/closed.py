@@ -25,7 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from hesscale_fx.structures.base import Call, Tensors, widen
+from hesscale_fx.structures.base import Call, Tensors, add, mul, widen
+from hesscale_fx.structures.persample import split
 
 aten = torch.ops.aten
 
@@ -90,6 +91,12 @@ class Softmax(ClosedForm):
         assert slope is not None
         return {0: slope - 2 * (self.p * slope)}
 
+    def elementwise(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
+        """Both terms of the recursion, of ``dp_i/dx_i`` and ``d2 p_i/dx_i^2`` alone."""
+        first = self.p - self.p * self.p
+        bent = mul(g[0], first - 2 * (self.p * first))
+        return [add(mul(s[0], first * first), bent)]
+
 
 @closed_form(aten.log_softmax.int, aten._log_softmax.default)
 class LogSoftmax(ClosedForm):
@@ -103,6 +110,31 @@ class LogSoftmax(ClosedForm):
 
     def second(self, g: Tensor) -> dict[int, Tensor]:
         return {0: (self.p * self.p - self.p) * widen(g).sum(self.dim, keepdim=True)}
+
+    def elementwise(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
+        """As for the softmax: ``d log p_i/dx_i = 1 - p_i`` and ``-p_i (1 - p_i)``."""
+        rest = 1 - self.p
+        return [add(mul(s[0], rest * rest), mul(g[0], -(self.p * rest)))]
+
+    def root(self, g: Tensors, signs: Tensor | None) -> list[Tensor | None]:
+        """Columns of a square root of ``sum_k g_k d2 y_k/dx^2 = w (diag(p) - p p^T)``.
+
+        With w = -S(g), where it is positive: ``sqrt(w) (diag(sqrt p) - p sqrt(p)^T)``, all of them
+        (classes, *x.shape), or combined with random signs of shape (k, *x.shape).
+        """
+        if g[0] is None:
+            return [None]
+        dim = self.dim % self.p.dim()
+        scale = (-widen(g[0]).sum(dim, keepdim=True)).clamp(min=0).sqrt()
+        half = self.p.sqrt()
+        if signs is None:
+            classes = self.p.shape[dim]
+            shape = [1] * self.p.dim()
+            shape[dim] = classes
+            eye = torch.eye(classes, dtype=half.dtype, device=half.device)
+            signs = eye.reshape(classes, *shape)
+        mixed = half * signs
+        return [scale * (mixed - self.p * mixed.sum(dim + 1, keepdim=True))]
 
 
 class Normalization(ClosedForm):
@@ -189,6 +221,13 @@ class LayerNorm(Normalization):
         _, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
         self.r, self.w = per_row(r, x.shape, self.rows), weight
         self.z = (x - per_row(mean, x.shape, self.rows)) * self.r
+
+    def per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
+        if u[0] is None or dim in self.rows:
+            return [None] * len(self.call.active)
+        first = split(widen(u[0]), dim, inner).flatten(1, len(self.affine))
+        z = split(self.z, dim, inner).flatten(1, len(self.affine))
+        return self._by_operand({1: (first * z).sum(1), 2: first.sum(1)})
 
 
 @closed_form(aten.group_norm.default)

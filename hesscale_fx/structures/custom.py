@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.structures import table
-from hesscale_fx.structures.base import Call, Structure, Tensors, widen
+from hesscale_fx.structures.base import Call, Structure, Tensors, several, widen
 from hesscale_fx.structures.definitions import DEFINITIONS
 
 
@@ -48,7 +48,19 @@ class RuleAt:
     def vjp(self, u: Tensors) -> list[Tensor | None]:
         if self.rule.vjp is None:
             return self.call.vjp(u)
-        return self._ask(self.rule.vjp, u, self.call.leaves)
+        outputs = self.call.run(self.call.leaves)
+        given = [v for v in u if v is not None]
+        rank = next((y.dim() for y, v in zip(outputs, u, strict=False) if v is not None), 0)
+        if not given or given[0].dim() == rank:
+            return self._ask(self.rule.vjp, u, self.call.leaves)
+        rule = self.rule.vjp
+
+        def pull(one: Sequence[Tensor]) -> list[Tensor | None]:
+            rest = iter(one)
+            filled = [None if v is None else next(rest) for v in u]
+            return self._ask(rule, filled, self.call.leaves)
+
+        return several(pull, given)
 
     def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
         return self._ask(self.rule.squared_vjp, s, [widen(v) for v in self.call.leaves])

@@ -132,6 +132,18 @@ class Layout:
         value = value.permute(ranks) if ranks != list(range(len(axes))) else value
         return value.reshape(node.meta["val"].shape if self._static(node) else self._shape(node))
 
+    def ratio(self, axes: list[int]) -> Any:
+        """The number of places along axes."""
+        return math.prod([self.sizes[a] for a in axes])
+
+    def behind(self, node: fx.Node, value: Tensor) -> Tensor:
+        """As `native`, behind one more dimension in front."""
+        axes = self.axes(node)
+        inner = sorted(axes, key=lambda a: self.position[a])
+        value = value.reshape([value.shape[0], *(self.sizes[a] for a in inner)])
+        value = value.permute([0, *(1 + inner.index(a) for a in axes)])
+        return value.reshape([value.shape[0], *self._shape(node)])
+
     def _static(self, node: fx.Node) -> bool:
         return all(isinstance(s, int) for s in node.meta["val"].shape)
 
@@ -213,6 +225,29 @@ class RegionAt:
         with torch.enable_grad():
             outputs = self._run(inputs)
         return vjp(outputs, list(inputs.values()), u)
+
+    def per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
+        """``J^T u`` for each sample; of the one output, `dim` runs over (samples, inner)."""
+        (output,) = self.region.outputs
+        axes = self.region.dims[output][dim]
+        if not axes or self._layout.ratio(axes[1:]) != inner:
+            return [None] * len(self.region.inputs)
+        weights = self._weights(u)
+        return [self._alone(v, weights, axes[0]) for v in self.region.inputs]
+
+    def _alone(
+        self, v: fx.Node, weights: list[tuple[Function, Tensor]], axis: int
+    ) -> Tensor | None:
+        """The derivative for one input, with the axis of the samples in front."""
+        absent = self._absent(v)
+        if axis not in absent:
+            return None
+        terms = [mul(self._first(f, v), weight) for f, weight in weights]
+        total = self._total([t for t in terms if t is not None], absent - {axis})
+        place = self._layout.position[axis]
+        if total is None or _same([total.shape[place]], [1]):
+            return None
+        return self._layout.behind(v, total.movedim(place, 0))
 
     def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
         weights = [self._canonical_of(n, v) for n, v in zip(self.region.outputs, s, strict=True)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, mul, widen
+from hesscale_fx.structures.persample import call_per_sample
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class SelectionAt:
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
         return [None] * len(self.call.active)
+
+    def per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
+        return call_per_sample(self.call, u, dim, inner)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""Exact columns of a square root of the loss's Hessian, pulled back, beside the recursion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscale_fx.methods.base import Flow, Method, Output, Place, sums
+from hesscale_fx.methods.persample import pull_columns, spread_out, squares, squares_per_sample
+from hesscale_fx.structures import Evaluation
+from hesscale_fx.structures.base import add, wide
+
+
+@dataclass(frozen=True)
+class Columns(Method):
+    """``sum_k (J^T u_k)^2`` per sample at the parameters, for columns u_k at the model's output.
+
+    The columns are those of a square root of the Hessian of the loss (`columns` = None) or
+    combinations of them with random signs. Where the loss is not convex, the diagonal of the
+    negative part flows as HesScale's s does. With `curved` that s is fed by the second-derivative
+    terms of the model too, else the result is the Gauss-Newton diagonal.
+    """
+
+    name: str
+    columns: int | None = None
+    curved: bool = True
+    roles = ("grad", "columns", "hess")
+    needs_boundary = True
+    needs_samples = True
+
+    @property
+    def of(self) -> str:  # type: ignore[override]
+        return "Hessian" if self.curved else "Gauss-Newton"
+
+    @property
+    def exactness(self) -> str:  # type: ignore[override]
+        return "recursion" if self.columns is None else "never"
+
+    def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
+        if role == "grad":
+            return at.vjp(y["grad"])
+        if role == "columns":
+            if place.is_root:
+                return at.root(y["grad"], self._scaled(y["signs"][0]))  # type: ignore[attr-defined]
+            return pull_columns(at, y["columns"], place)
+        passed = self.own_squares(at, y, place, y["hess"])
+        if not self.curved and place.inside:
+            return passed
+        return sums(passed, at.curvature(y["grad"]))
+
+    def own_squares(
+        self, at: Evaluation, y: Flow, place: Place, s: list[Tensor | None] | None = None
+    ) -> list[Tensor | None]:
+        """What flows of squares: those of columns at the parameters they meet here, beside s."""
+        s = [None] * len(y["columns"]) if s is None else s
+        passed = at.squared_vjp(s)
+        if "own" in place.uses:
+            total = sums(s, [squares(u) for u in y["columns"]])
+            found = at.squared_vjp(total)
+            uses = zip(place.uses, passed, found, strict=True)
+            passed = [f if use == "own" else p for use, p, f in uses]
+        if "once" in place.uses and any(u is not None for u in y["columns"]):
+            passed = sums(passed, squares_per_sample(at, y["columns"], place))
+        return passed
+
+    def begin(
+        self, z: Tensor, values: Mapping[str, Tensor | None], output: Output, given: Any
+    ) -> dict[str, Tensor | None]:
+        left, columns = values["hess"], values["columns"]
+        if "columns" not in self.roles:
+            return {**values, "hess": self.negative(z, left, output, given)}
+        signs, hessian = self._scaled(given[0]), given[1]
+        if output.kind == "full":
+            columns, left = factor(z, hessian, output, signs)
+        elif left is not None:
+            if output.kind == "diagonal":
+                columns = (left if output.convex else left.clamp(min=0)).sqrt()
+                columns = columns.unsqueeze(0) if signs is None else columns * signs
+            left = self.negative(z, left, output, given)
+        if columns is not None and signs is None and output.kind != "full":
+            columns = spread_out(columns, output)
+        return {**values, "columns": columns, "hess": left}
+
+    def negative(self, z: Tensor, s: Tensor | None, output: Output, given: tuple) -> Tensor | None:
+        """The diagonal of the negative part of the Hessian at z."""
+        if output.kind == "full":
+            return factor(z, given[1], output, None)[1]
+        return None if s is None or output.convex else s.clamp(max=0)
+
+    def positive(self, z: Tensor, hessian: Tensor, output: Output) -> Tensor:
+        """The diagonal of the positive part."""
+        left = factor(z, hessian, output, None)[1]
+        diagonal = unflatten(hessian.diagonal(dim1=1, dim2=2), z, output)
+        return diagonal.to(left.dtype) - left
+
+    def _scaled(self, signs: Tensor | None) -> Tensor | None:
+        """So that the squares of all columns add up to what one has on average."""
+        return signs if signs is None or not self.columns else signs * self.columns**-0.5
+
+    def read_out(self, values: Mapping[str, Tensor | None]) -> Tensor | None:
+        return add(values.get("hess"), squares(values.get("columns")))
+
+
+def factor(
+    z: Tensor, hessian: Tensor, output: Output, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Columns of a square root of the positive part, and the diagonal of the negative part.
+
+    Args:
+        z: the model's output.
+        hessian: of the loss, (samples, n, n) with n entries of z in each sample.
+        output: where z has its samples.
+        signs: (k, *z.shape), for k random combinations of the columns; None for all.
+    """
+    values, vectors = torch.linalg.eigh(hessian)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    left = (vectors.square() * values.clamp(max=0).unsqueeze(-2)).sum(-1)
+    if signs is None:
+        columns = root.permute(2, 0, 1)
+    else:
+        flat = torch.stack([flatten(s, output) for s in signs])
+        columns = (root * flat.unsqueeze(-2)).sum(-1)
+    dtype = wide(z.dtype)
+    back = [unflatten(c, z, output) for c in columns]
+    return torch.stack(back).to(dtype), unflatten(left, z, output).to(dtype)
+
+
+def flatten(value: Tensor, output: Output) -> Tensor:
+    """(samples, entries of each) from a tensor like z."""
+    if output.rows is None:
+        return value.reshape(1, -1)
+    dim, inner = output.rows
+    value = value.movedim(dim, 0)
+    return value.reshape(value.shape[0] // inner, -1)
+
+
+def unflatten(value: Tensor, z: Tensor, output: Output) -> Tensor:
+    """The inverse of `flatten`."""
+    if output.rows is None:
+        return value.reshape(z.shape)
+    dim = output.rows[0]
+    return value.reshape(z.movedim(dim, 0).shape).movedim(0, dim)

@@ -1,0 +1,86 @@
+"""``J^T u`` for each sample alone, for parameters that a unit uses several times in one sample.
+
+Each function serves calls of one kind and gives (samples, *shape) for each differentiated input,
+None where it has nothing better than a backward pass for each sample. `dim` of the output runs over
+(samples, inner), and so it does for every operand that has samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from hesscale_fx.structures.base import Call, Tensors, widen
+
+aten = torch.ops.aten
+
+
+def call_per_sample(call: Call, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
+    """For contractions and embeddings."""
+    rule = RULES.get(call.op)
+    nothing: list[Tensor | None] = [None] * len(call.active)
+    if rule is None or u[0] is None or any(v is not None for v in u[1:]):
+        return nothing
+    args, kwargs = pytree.tree_unflatten([widen(v) for v in call.leaves], call.spec)
+    found = rule(widen(u[0]), dim, inner, *args, **kwargs)
+    tensors = [i for i, v in enumerate(call.leaves) if isinstance(v, Tensor)]
+    return [found.get(tensors.index(i)) for i in call.active]
+
+
+def split(value: Tensor, dim: int, inner: int) -> Tensor:
+    """(samples, inner, others...) with all but the last of the others in their order."""
+    value = value.movedim(dim, 0)
+    return value.reshape(value.shape[0] // inner, inner, *value.shape[1:])
+
+
+def linear(u: Tensor, dim: int, inner: int, x: Tensor, w: Tensor, bias: Any = None) -> Any:
+    """``sum_t u_t x_t^T`` and ``sum_t u_t`` over the places t of a sample."""
+    if w.dim() != 2 or dim == u.dim() - 1:
+        return {}
+    u, x = split(u, dim, inner).flatten(1, -2), split(x, dim, inner).flatten(1, -2)
+    return {1: u.transpose(1, 2) @ x, 2: u.sum(1)}
+
+
+def convolution(
+    u: Tensor, dim: int, inner: int, x: Tensor, w: Tensor, bias: Any, *options: Any
+) -> Any:
+    """The same where the places are those of the kernel, whose inputs are unfolded."""
+    stride, padding, dilation, transposed, _, groups = options
+    if dim != 0 or inner != 1 or transposed or groups != 1 or w.dim() not in (3, 4):
+        return {}
+    found = {2: u.flatten(2).sum(2)}
+    if w.dim() == 3:
+        x, stride, padding, dilation = (
+            x.unsqueeze(2),
+            [1, *stride],
+            [0, *padding],
+            [1, *dilation],
+        )
+    kernel = [1, *w.shape[2:]][-2:]
+    patches = aten.im2col(x, kernel, dilation, padding, stride)
+    grads = u.flatten(2) @ patches.transpose(1, 2)
+    found[1] = grads.reshape(grads.shape[0], *w.shape)
+    return found
+
+
+def embedding(u: Tensor, dim: int, inner: int, w: Tensor, index: Tensor, *options: Any) -> Any:
+    """Each sample looks up in a table of its own."""
+    padding = options[0] if options else -1
+    if dim >= index.dim() or padding != -1 or any(options[1:]):
+        return {}
+    u, index = split(u, dim, inner), split(index, dim, inner)
+    samples, rows = index.shape[0], w.shape[0]
+    first = torch.arange(samples, device=index.device) * rows
+    index = index + first.reshape(-1, *[1] * (index.dim() - 1))
+    found = aten.embedding_dense_backward(u, index, samples * rows, -1, False)
+    return {0: found.reshape(samples, rows, w.shape[1])}
+
+
+RULES: dict[Any, Any] = {
+    aten.linear.default: linear,
+    aten.convolution.default: convolution,
+    aten.embedding.default: embedding,
+}
