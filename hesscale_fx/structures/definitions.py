@@ -499,7 +499,6 @@ def reduced(loss: Tensor, reduction: int) -> Tensor:
     return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
 
 
-@defines(aten.multilabel_margin_loss.default, at_capture=True)
 def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     """PyTorch's own decomposition reads the labels otherwise than its kernel."""
     rows = x if x.dim() == 2 else x.unsqueeze(0)

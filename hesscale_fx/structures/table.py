@@ -168,10 +168,11 @@ OF_TENSORS = packets(
     "renorm",
 )  # fmt: skip
 
-# One of ours, and one that torch cannot trace with symbolic sizes.
+# One of ours, one that torch cannot trace with symbolic sizes, one that it decomposes wrongly.
 IMPLEMENTATIONS: dict[Any, Callable] = {
     torch.ops.hesscale_fx.ctc_loss.default: recursion,
     aten._trilinear.default: trilinear,
+    aten.multilabel_margin_loss.default: definitions.multilabel_margin_loss,
 }
 TWINS: dict[Any, Callable] = {aten.embedding_bag.padding_idx: written_out}
 
@@ -193,6 +194,10 @@ TABLE: dict[Any, Structure] = {
     **{op: Columns() for op in OF_TENSORS if op not in TIES},
     **{op: Columns(linear=True, accepts=adds_or_chooses) for op in packets("segment_reduce")},
     **{op: Columns(implementation=pair_distances) for op in packets("_pdist_forward")},
+    # Linear but for kinks, in each row alone.
+    aten.multilabel_margin_loss.default: Columns(
+        core=1, linear=True, implementation=definitions.multilabel_margin_loss
+    ),
 }
 
 # Bijections of elements and broadcasts: regions see through them.
