@@ -77,3 +77,56 @@ def test_algebra_changes_no_value(name, monkeypatch):
     longer = hesscale_fx.transform(net, None, (x,))
     assert_close(shorter(x).hess_diag, longer(x).hess_diag, 1e-12, "with and without")
     assert len(shorter.graph.nodes) < 0.9 * len(longer.graph.nodes)
+
+
+def test_a_bias_without_a_weight():
+    x, bias = torch.randn(5, 6).double(), torch.randn(6).double()
+
+    def loss(bias):
+        return F.layer_norm(x, (6,), None, bias).pow(3).sum()
+
+    got = hesscale_fx.transform(loss, None, (bias,), wrt="inputs")(bias).hess_diag["bias"]
+    want = 6 * F.layer_norm(x, (6,), None, bias).sum(0)
+    assert_close({"": got}, {"": want}, 1e-12, "bias")
+
+
+W, V = torch.randn(6, 3).double(), torch.randn(1, 3).double()
+
+
+def maximum_used_elsewhere(x):
+    m = x.amax(1, keepdim=True)
+    e = (x - m).exp()
+    return (e / e.sum(1, keepdim=True) @ W).square().sum() + (m @ V).square().sum()
+
+
+def exponential_used_elsewhere(x):
+    e = (x - x.amax(1, keepdim=True)).exp()
+    return (e / e.sum(1, keepdim=True) @ W).square().sum() + (e @ W).square().sum()
+
+
+def literal(x, number=3):
+    m = x.amax(1, keepdim=True)
+    return (((x - m).sum(1, keepdim=True) + number * m) @ V).square().sum()
+
+
+def size_of_another_axis(x):
+    return literal(x, x.shape[0])
+
+
+@pytest.mark.parametrize(
+    "model", [maximum_used_elsewhere, exponential_used_elsewhere, literal, size_of_another_axis]
+)
+def test_a_maximum_that_matters_is_differentiated(model):
+    x = torch.randn(3, 6).double().requires_grad_()
+    (want,) = torch.autograd.grad(model(x), x)
+    hs = hesscale_fx.transform(model, None, (x.detach(),), wrt="inputs")
+    assert_close(dict(hs(x.detach()).grads), {"x": want}, 1e-12, "gradient")
+
+
+def test_a_maximum_that_cancels_is_not():
+    def model(x):
+        e = (x - x.amax(1, keepdim=True)).exp()
+        return (e / e.sum(1, keepdim=True) @ W).square().sum()
+
+    hs = hesscale_fx.transform(model, None, (torch.randn(4, 6).double(),), wrt="inputs")
+    assert any(u.region.cancelled for u in hs._program().units if u.region is not None)

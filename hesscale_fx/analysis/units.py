@@ -208,7 +208,11 @@ class Partition:
                 if node in self._outer and is_region_node(node):
                     unit.region = self._region([node])
                     unit.inputs = list(dict.fromkeys(unit.inputs))
-        return self._sorted(set(self._alone.values()) | set(self._unit_at.values()))
+        units = set(self._alone.values()) | set(self._unit_at.values())
+        for unit in units:
+            if unit.region is not None:
+                unit.region.cancelled = find_cancelled(unit.region)
+        return self._sorted(units)
 
     def _producer(self, node: fx.Node, level: int) -> Unit | None:
         if node.op != "call_function":
@@ -239,7 +243,6 @@ class Partition:
         if unit is None:
             unit = self._known[key] = Unit(group, inputs, [], self._region(group))
             if unit.region is not None:
-                unit.region.cancelled = find_cancelled(unit.region)
                 unit.region.outputs = unit.outputs  # one list: what other units use
         unit.levels.append(level)
         for node in group:

@@ -291,4 +291,7 @@ def closed_form_of(call: Call, inputs: int) -> ClosedForm | None:
         return None  # it converts besides
     if rule is BatchNormRunning and call.leaves[5] is not True:
         return None  # in evaluation a batch norm is pointwise
-    return rule(call)
+    made = rule(call)
+    if isinstance(made, Normalization) and made.w is None and call.active != [0]:
+        return None  # a bias without a weight
+    return made
