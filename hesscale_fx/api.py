@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from hesscale_fx.analysis.activity import active_nodes, ancestors
+from hesscale_fx.analysis.depth import beyond
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
@@ -33,7 +34,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
-from hesscale_fx.lossroot import tail_of
+from hesscale_fx.lossroot import loss_root_of
 from hesscale_fx.methods import Calibrated, HesScale, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import CALIBRATION, source_name
@@ -69,6 +70,7 @@ def transform(
     samples: int | None = None,
     generator: torch.Generator | None = None,
     calibrate: bool | int | None = None,
+    tail: int | None = None,
     fallback: str | None = None,
     curvature_dtype: torch.dtype | None = None,
     every: int = 1,
@@ -101,8 +103,8 @@ def transform(
             - ``"hutchinson"``, the mean of ``z * Hz`` over `samples` random sign vectors z.
             - ``"exact"``, one Hessian-vector product a coordinate; for small models.
 
-            ``"hesscale_gn"``, ``"bl89"``, ``"ggn"`` and `columns` must know where the model ends:
-            pass `loss`, or mark the output with `hesscale_fx.output`.
+            ``"hesscale_gn"``, ``"bl89"``, ``"ggn"``, `columns`, `calibrate` and `tail` must know
+            where the model ends: pass `loss`, or mark the output with `hesscale_fx.output`.
         wrt: which tensors to differentiate: names, prefixes (``"encoder"``), patterns
             (``"*.weight"``), a predicate on (name, parameter), or ``"inputs"`` for the
             floating-point inputs; a list mixes them. By default all parameters that require grad.
@@ -131,6 +133,12 @@ def transform(
             each parameter tensor the trace of the Gauss-Newton matrix by one factor, estimated by
             `columns` columns (1 by default) at every call, or every n-th. See
             `HesScaleModule.factors`.
+        tail: for ``"hesscale"`` and ``"hesscale_gn"``: a number n, to carry all columns, as
+            ``columns="exact"`` does, through the last n contractions of the model only, and to
+            go on from there by the recursion, started at their squares. A contraction (linear
+            layer, convolution, matrix product, ...) is one of the last n if no path from it to
+            the model's output meets more than n, itself included. Their parameters get what
+            ``columns="exact"`` gives. 0 is the recursion alone. Nothing is random.
 
     Returns:
         A `torch.fx.GraphModule` whose call ``hs(*inputs, *targets, **kwargs)`` gives a
@@ -155,7 +163,13 @@ def transform(
         >>> hess_diag["0.weight"].shape
         torch.Size([8, 4])
     """
-    asked = {"columns": columns, "samples": samples, "generator": generator, "calibrate": calibrate}
+    asked = {
+        "columns": columns,
+        "samples": samples,
+        "generator": generator,
+        "calibrate": calibrate,
+        "tail": tail,
+    }
     options = {name: value for name, value in asked.items() if value is not None}
     builder = Builder(model, loss, method, wrt, dynamic, fallback, curvature_dtype, options)
     schedule = Schedule(every)
@@ -210,7 +224,7 @@ class Builder:
         if curvature_dtype is torch.bfloat16 and not isinstance(self.method, HesScale):
             raise InvalidArgumentError(
                 "curvature_dtype is for the recursion: method='hesscale' or 'hesscale_gn' without "
-                "columns or calibration."
+                "columns, calibration or tail."
             )
         self.model, self.prefix = as_module(model)
         self.loss = loss
@@ -330,7 +344,7 @@ class Builder:
         outputs = self._outputs(captured)
         if method.needs_boundary and not captured.boundary:
             raise InvalidArgumentError(
-                f"method={method.name!r} treats the model and the loss differently, but no "
+                f"{method.asked} treats the model and the loss differently, but no "
                 "loss was given. Pass it: transform(model, loss), or mark the model's output "
                 "with hesscale_fx.output(z)."
             )
@@ -354,7 +368,7 @@ class Builder:
         stages.done("units", f"{len(partition.units)} units")
         states, exact = exactness(partition)
         stages.done("exactness")
-        samples, tail = None, None
+        samples, loss_root = None, None
         boundary = [primitives.of[n] for n in captured.boundary]
         if method.needs_samples:
             one = boundary[0] if method.needs_boundary else None
@@ -367,7 +381,7 @@ class Builder:
                 )
         if method.needs_samples and method.needs_boundary:
             native = Native(primitives, partition.units)
-            tail = tail_of(
+            loss_root = loss_root_of(
                 primitives.graph,
                 partition.units,
                 partition,
@@ -375,7 +389,7 @@ class Builder:
                 native,
                 boundary,
                 loss,
-                f"method={method.name!r}" if method.name != "hesscale" else "columns",
+                method.asked,
             )
         linear = {u for u in partition.units if all(map(partition.is_linear, u.nodes))}
         emission = Emission(
@@ -387,8 +401,9 @@ class Builder:
             method,
             fake_mode,
             samples,
-            tail,
+            loss_root,
             linear,
+            set() if method.tail is None else beyond(partition.units, inside, method.tail),
         )
         with contracting_in(self.curvature_dtype):
             graph = emission.run(outputs)

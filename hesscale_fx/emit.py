@@ -28,7 +28,7 @@ from hesscale_fx.backward import Flow, Slot, reverse
 from hesscale_fx.capture import Captured, Leaf
 from hesscale_fx.errors import UnsupportedOperatorError, source_line
 from hesscale_fx.evaluate import Native, evaluate
-from hesscale_fx.lossroot import Tail
+from hesscale_fx.lossroot import LossRoot
 from hesscale_fx.methods import Calibrated, Hutchinson, Method, Output, Place
 from hesscale_fx.names import CALIBRATION, Origin, annotate, rename
 from hesscale_fx.recompute import Recomputed
@@ -59,8 +59,9 @@ class Emission:
         method: Method,
         fake_mode: Any,
         samples: Samples | None = None,
-        tail: Tail | None = None,
+        loss_root: LossRoot | None = None,
         linear: set[Unit] | None = None,
+        folding: set[Unit] | None = None,
     ) -> None:
         self._captured = captured
         self._primitives = primitives
@@ -70,8 +71,9 @@ class Emission:
         self._inside = inside
         self._method = method
         self._samples = samples
-        self._tail = tail
+        self._loss_root = loss_root
         self._linear = linear or set()
+        self._folding = folding or set()  # at whose outputs a tail of columns begins
         self._factors: list[fx.Node] = []  # of a calibrated method, one a result
         self._position: dict[fx.Node, int] = {}  # differentiated leaf -> its place among them
         self.random: list[fx.Node] = []  # placeholders of random signs
@@ -96,7 +98,7 @@ class Emission:
             self._seed(loss),
             self._pull,
             self._add,
-            self._begin if self._tail is not None else None,
+            self._arrive if self._loss_root is not None else None,
         )
         found = self._read_out(outputs, results)
         if isinstance(self._method, Calibrated):
@@ -279,27 +281,50 @@ class Emission:
         if self._samples is None:
             return Place(inside, is_row=is_row)
         rows = [self._samples.rows((n, unit)) for n in unit.outputs]
-        is_root = self._tail is not None and self._tail.root is unit
+        is_root = self._loss_root is not None and self._loss_root.root is unit
         return Place(inside, tuple(map(pair, rows)), self._samples.uses(unit), is_row, is_root)
 
     # --- where the model ends ---------------------------------------------------------------------
 
+    def _arrive(self, slot: Slot, values: dict[str, Any]) -> dict[str, Any]:
+        """What columns do between two units: begin at the output, end where the tail begins."""
+        values = self._begin(slot, values)
+        if slot[1] not in self._folding or values.get("columns") is None:
+            return values
+        roles = self._method.roles
+        present = [role for role in roles if values.get(role) is not None]
+
+        def run(given: list[Any], tracer: Tracer) -> list[Any]:
+            with tracer.role("hess"):
+                found = self._method.fold(dict(zip(present, given, strict=True)))
+            return [found.get(role) for role in roles]
+
+        inputs = [values[role] for role in present]
+        origin = Origin(self._primitives.source[slot[0]], "hess")
+        found = self._emit(("fold", tuple(present)), run, inputs, origin)
+        folded = dict(zip(roles, found, strict=True))
+        if folded["hess"] is not None:
+            self._mark_result(folded["hess"], slot, "hess", "")
+        return folded
+
     def _begin(self, slot: Slot, values: dict[str, Any]) -> dict[str, Any]:
         """Enter the model at its output with the columns of its method."""
-        tail = self._tail
-        assert tail is not None and self._samples is not None
-        if slot[0] is not tail.node:
+        loss_root = self._loss_root
+        assert loss_root is not None and self._samples is not None
+        if slot[0] is not loss_root.node:
             return values
-        if slot != tail.slot:  # the same tensor at another level; its columns are in the other
+        if slot != loss_root.slot:  # the same tensor at another level; its columns are in the other
             return {role: v for role, v in values.items() if role == "grad"}
         roles = self._method.roles
         present = [role for role in roles if values.get(role) is not None]
-        signs = self._signs(tail.node) if tail.kind != "root" else None
-        entering = tail.again.entering if tail.kind == "full" else []
-        inputs = [self._value(tail.node), *(values[role] for role in present)]
+        signs = self._signs(loss_root.node) if loss_root.kind != "root" else None
+        entering = loss_root.again.entering if loss_root.kind == "full" else []
+        inputs = [self._value(loss_root.node), *(values[role] for role in present)]
         inputs += [self._value(n) for n in entering]
         inputs += [] if signs is None else [signs]
-        output = Output(tail.kind, pair(self._samples.rows(slot)), tail.coupled, tail.convex)
+        output = Output(
+            loss_root.kind, pair(self._samples.rows(slot)), loss_root.coupled, loss_root.convex
+        )
 
         def run(given: list[Any], tracer: Tracer) -> list[Any]:
             z, *rest = given
@@ -307,15 +332,15 @@ class Emission:
             arrived.update(zip(present, rest, strict=False))
             rest = rest[len(present) :]
             with tracer.role("columns"):
-                hessian = tail.hessian(z, rest, output) if tail.kind == "full" else None
+                hessian = loss_root.hessian(z, rest, output) if loss_root.kind == "full" else None
                 random = rest[-1] if signs is not None else None
-                if tail.kind == "root" and self._method.columns is not None:
+                if loss_root.kind == "root" and self._method.columns is not None:
                     random = z  # the signs were in at the root
                 found = self._method.begin(z, arrived, output, (random, hessian))
             return [found[role] for role in roles]
 
-        origin = Origin(self._primitives.source[tail.node], "columns")
-        found = self._emit(("begin", tail.node, output), run, inputs, origin)
+        origin = Origin(self._primitives.source[loss_root.node], "columns")
+        found = self._emit(("begin", loss_root.node, output), run, inputs, origin)
         return dict(zip(roles, found, strict=True))
 
     def _signs(self, like: fx.Node) -> fx.Node | None:

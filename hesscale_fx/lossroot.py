@@ -29,7 +29,7 @@ from hesscale_fx.structures.closed import CLOSED, LogSoftmax
 
 
 @dataclass
-class Tail:
+class LossRoot:
     """The loss seen from the model's output."""
 
     node: fx.Node  # the output
@@ -71,7 +71,7 @@ def unflatten_all(eye: Tensor, z: Tensor, output: Any, unflatten: Any) -> Tensor
     return torch.vmap(lambda e: unflatten(e, z, output))(eye)
 
 
-def tail_of(
+def loss_root_of(
     graph: fx.Graph,
     units: list[Unit],
     partition: Partition,
@@ -80,7 +80,7 @@ def tail_of(
     boundary: list[fx.Node],
     loss: fx.Node,
     what: str,
-) -> Tail:
+) -> LossRoot:
     """Look at the loss.
 
     Raises:
@@ -89,7 +89,7 @@ def tail_of(
     if len(boundary) != 1:
         raise InvalidArgumentError(
             f"{what} needs one tensor as the output of the model, and this model has "
-            f"{len(boundary)}. Let the model return their concatenation, or use columns=0."
+            f"{len(boundary)}. Let the model return their concatenation."
         )
     node = boundary[0]
     slots = list(dict.fromkeys((n, u) for u in units for n in u.outputs if n is node))
@@ -113,7 +113,7 @@ def tail_of(
         elif len(bent) == 1 and is_root(bent[0], partition, native) and len(state.coupled) == 1:
             kind, root = "root", bent[0]
         convex = is_convex_in(kind, bent, partition, graph, loss)
-    return Tail(
+    return LossRoot(
         node,
         slots[-1],
         kind,

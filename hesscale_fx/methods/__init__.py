@@ -29,7 +29,8 @@ METHODS: dict[str, Method] = {
 
 # The arguments of `transform` that a method takes beside those that all take.
 OPTIONS = {
-    "hesscale": ("columns", "generator", "calibrate"),
+    "hesscale": ("columns", "generator", "calibrate", "tail"),
+    "hesscale_gn": ("tail",),
     "ggn": ("columns", "generator"),
     "hutchinson": ("samples", "generator"),
 }
@@ -56,6 +57,8 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise InvalidArgumentError(f"samples must be a number from 1 on, not {samples!r}.")
         return Hutchinson(samples=samples)
+    if "tail" in options:
+        return with_tail(name, options)
     calibrate = options.get("calibrate", False)
     if not isinstance(calibrate, int) or calibrate < 0:
         raise InvalidArgumentError(
@@ -63,8 +66,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
         )
     default = "exact" if name == "ggn" else 1 if calibrate else 0
     columns = options.get("columns", default)
-    whole = isinstance(columns, int) and not isinstance(columns, bool) and columns >= 0
-    if not whole and columns != "exact":
+    if not is_count(columns) and columns != "exact":
         raise InvalidArgumentError(f"columns must be 0, a number or 'exact', not {columns!r}.")
     if name == "ggn" and columns == 0:
         raise InvalidArgumentError("method='ggn' needs columns: give a number of them, or 'exact'.")
@@ -80,6 +82,35 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     if name == "hesscale" and columns != 0:
         return Columns("hesscale", columns=count)
     return METHODS[name]
+
+
+def with_tail(name: str, options: Mapping[str, Any]) -> Method:
+    """The method with all columns through the last contractions.
+
+    Raises:
+        InvalidArgumentError: the tail is no number, or other options leave no room for it.
+    """
+    tail = options["tail"]
+    if not is_count(tail):
+        raise InvalidArgumentError(
+            f"tail must be a number of contractions from 0 on, not {tail!r}; all of them is "
+            "columns='exact'."
+        )
+    for option in ("calibrate", "generator", "columns"):
+        given = options.get(option)
+        if given not in (None, False, "exact") or (option, given) == ("columns", 0):
+            raise InvalidArgumentError(
+                f"tail= carries all columns and nothing random, so it takes no "
+                f"{option}={given!r}. Give one of the two."
+            )
+    if tail == 0:
+        return METHODS[name]
+    return Columns(name, curved=name == "hesscale", tail=tail)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 __all__ = [

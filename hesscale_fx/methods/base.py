@@ -70,10 +70,16 @@ class Method:
     needs_boundary = False  # whether model and loss are treated differently
     needs_samples = False  # whether `Place.rows` and `Place.uses` are asked for
     columns: int | None = 0  # at the model's output; None: all there are
+    tail: int | None = None  # how many contractions the columns pass; None: all
     # What the method returns, as a report calls it.
     of = "Hessian"
     # When its diagonals are exact: where the recursion is, "always" or "never".
     exactness = "recursion"
+
+    @property
+    def asked(self) -> str:
+        """The argument of `transform` that asked for it, for errors."""
+        return f"method={self.name!r}"
 
     def seed(self, loss: Tensor) -> dict[str, Tensor | None]:
         """The values at the loss; None is zero."""
@@ -95,6 +101,10 @@ class Method:
             given: random signs (columns, *z.shape) if `columns` is a number, and the Hessian of the
                 loss for each sample if `output.kind` is ``"full"``.
         """
+        return dict(values)
+
+    def fold(self, values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """What goes on where the `tail` begins, of the values at a contraction's output."""
         return dict(values)
 
     def read_out(self, values: Mapping[str, Tensor | None]) -> Tensor | None:

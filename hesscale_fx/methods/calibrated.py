@@ -30,6 +30,10 @@ class Calibrated(Columns):
     refresh: bool = True
 
     @property
+    def asked(self) -> str:  # type: ignore[override]
+        return "calibrate="
+
+    @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
         fresh = ("columns", "mass") if self.refresh else ()
         return ("grad", *fresh, "gauss", "hess")

@@ -22,12 +22,14 @@ class Columns(Method):
     The columns are those of a square root of the Hessian of the loss (`columns` = None) or
     combinations of them with random signs. Where the loss is not convex, the diagonal of the
     negative part flows as HesScale's s does. With `curved` that s is fed by the second-derivative
-    terms of the model too, else the result is the Gauss-Newton diagonal.
+    terms of the model too, else the result is the Gauss-Newton diagonal. With a `tail` the columns
+    end at the first contraction that is not one of the last so many, in s.
     """
 
     name: str
     columns: int | None = None
     curved: bool = True
+    tail: int | None = None
     roles = ("grad", "columns", "hess")
     needs_boundary = True
     needs_samples = True
@@ -39,6 +41,12 @@ class Columns(Method):
     @property
     def exactness(self) -> str:  # type: ignore[override]
         return "recursion" if self.columns is None else "never"
+
+    @property
+    def asked(self) -> str:  # type: ignore[override]
+        if self.tail is not None:
+            return "tail="
+        return "columns=" if self.name == "hesscale" else super().asked
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "grad":
@@ -84,6 +92,10 @@ class Columns(Method):
         if columns is not None and signs is None and output.kind != "full":
             columns = spread_out(columns, output)
         return {**values, "columns": columns, "hess": left}
+
+    def fold(self, values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """The diagonal of the columns in s, in their place."""
+        return {**values, "columns": None, "hess": self.read_out(values)}
 
     def negative(self, z: Tensor, s: Tensor | None, output: Output, given: tuple) -> Tensor | None:
         """The diagonal of the negative part of the Hessian at z."""
