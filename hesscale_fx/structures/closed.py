@@ -119,21 +119,33 @@ class LogSoftmax(ClosedForm):
     def root(self, g: Tensors, signs: Tensor | None) -> list[Tensor | None]:
         """Columns of a square root of ``sum_k g_k d2 y_k/dx^2 = w (diag(p) - p p^T)``.
 
-        With w = -S(g), where it is positive: ``sqrt(w) (diag(sqrt p) - p sqrt(p)^T)``, all of them
-        (classes, *x.shape), or combined with random signs of shape (k, *x.shape).
+        With w = -S(g), where it is positive, `S = diag(sqrt p) - p sqrt(p)^T` is one. As S sqrt(p)
+        is zero, a reflection Q that takes sqrt(p) to a class m leaves S Q without column m:
+
+            S Q = S - S[:, m] (sqrt p + e_m)^T / (1 + sqrt p_m)
+
+        All of them are (classes - 1, *x.shape), with the last class for m. Combined with random
+        signs (k, *x.shape) m is the likeliest class: then two classes that compete have one
+        column, and their part no noise.
         """
         if g[0] is None:
             return [None]
         dim = self.dim % self.p.dim()
         scale = (-widen(g[0]).sum(dim, keepdim=True)).clamp(min=0).sqrt()
         half = self.p.sqrt()
+        classes = self.p.shape[dim]
+        shape = [classes if d == dim else 1 for d in range(self.p.dim())]
+        place = torch.arange(classes, device=half.device).reshape(shape)
+        likeliest = classes - 1 if signs is None else self.p.argmax(dim, keepdim=True)
+        chosen = (place == likeliest).to(half.dtype)
         if signs is None:
-            classes = self.p.shape[dim]
-            shape = [1] * self.p.dim()
-            shape[dim] = classes
+            count = classes - 1 if classes > 1 else classes
             eye = torch.eye(classes, dtype=half.dtype, device=half.device)
-            signs = eye.reshape(classes, *shape)
-        mixed = half * signs
+            signs = eye[:count].reshape(count, *shape)
+        axis = half + chosen
+        along = (axis * signs).sum(dim + 1, keepdim=True)
+        length = 1 + (half * chosen).sum(dim, keepdim=True)
+        mixed = half * (signs - axis * (along / length))
         return [scale * (mixed - self.p * mixed.sum(dim + 1, keepdim=True))]
 
 
