@@ -34,7 +34,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
-from hesscale_fx.lossroot import loss_root_of
+from hesscale_fx.lossroot import LossRoot, loss_root_of
 from hesscale_fx.methods import Calibrated, HesScale, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import CALIBRATION, source_name
@@ -414,7 +414,7 @@ class Builder:
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(method, outputs, primitives, exact, captured),
+            report=report_of(method, outputs, primitives, exact, captured, loss_root),
             captured=captured,
             primitives=primitives,
             units=partition.units,
@@ -462,14 +462,19 @@ def report_of(
     primitives: Primitives,
     states: Mapping[fx.Node, Exactness],
     captured: Captured,
+    loss_root: LossRoot | None,
 ) -> Report:
     """What the analysis found, by parameter."""
     entries = {}
+    # Columns that are random, or whose sum is, serve even where the recursion is exact.
+    noisy = loss_root is not None and loss_root.kind == "full" and "gauss" in method.roles
     for name, leaf in outputs.items():
         state = states.get(primitives.of[leaf.node], Exactness())
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
         losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
-        exact = method.exactness == "always" or method.exactness == "recursion" and state.exact
+        exact = method.exactness == "always" or (
+            method.exactness == "recursion" and state.exact and not noisy
+        )
         entries[name] = Entry(exact, () if exact else losses)
     return Report(entries, method.of, captured.way, tuple(d.describe() for d in captured.fixed))
 

@@ -282,7 +282,18 @@ class Emission:
             return Place(inside, is_row=is_row)
         rows = [self._samples.rows((n, unit)) for n in unit.outputs]
         is_root = self._loss_root is not None and self._loss_root.root is unit
-        return Place(inside, tuple(map(pair, rows)), self._samples.uses(unit), is_row, is_root)
+        uses = self._samples.uses(unit)
+        exact: tuple[bool, ...] = ()
+        if inside and self._serves_exact():
+            exact = tuple(map(self._is_exact, unit.inputs))
+            uses = tuple(map(exact_use, uses, exact, unit.inputs))
+        leaves = tuple(producer is None for _, producer in unit.inputs)
+        return Place(inside, tuple(map(pair, rows)), uses, exact, leaves, is_row, is_root)
+
+    def _serves_exact(self) -> bool:
+        """Whether the recursion serves where it is exact, in the place of columns."""
+        root = self._loss_root
+        return root is not None and root.kind != "full" and "gauss" in self._method.roles
 
     # --- where the model ends ---------------------------------------------------------------------
 
@@ -582,6 +593,15 @@ def signature(
     return entering, (tuple(nodes), tuple(sources), ends)
 
 
+def exact_use(use: str, exact: bool, slot: Slot) -> str:
+    """The use of an input where the recursion serves if it is exact.
+
+    Squares of columns flow on from inner tensors that are not leaves, unless nothing can add to
+    them on the way to one.
+    """
+    return "exact" if exact and (slot[1] is None or use in ("own", "once")) else use
+
+
 def pair(rows: Rows | None) -> tuple[int, int] | None:
     return None if rows is None else (rows.dim, rows.inner)
 
@@ -594,7 +614,7 @@ def check_shapes(unit: Unit, role: str, values: list[Tensor | None]) -> None:
     """A rule that gives another shape than its input's is a bug; never let it broadcast."""
     for (node, _), value in zip(unit.inputs, values, strict=True):
         if value is not None:
-            want, have = node.meta["val"].shape, value.shape
+            want, have = () if role == "trace" else node.meta["val"].shape, value.shape
             have = have[1:] if role == "columns" else have
             fits = len(want) == len(have) and all(
                 not isinstance(a, int) or not isinstance(b, int) or a == b

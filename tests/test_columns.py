@@ -204,6 +204,25 @@ def test_random_columns_are_right_on_average(name):
     assert draws.std(0)[seen].max() > 0  # they are random
 
 
+@pytest.mark.parametrize("options", [{"columns": 1}, {"calibrate": True}], ids=str)
+def test_what_the_recursion_has_exactly_has_no_noise(options):
+    net, inputs, y = mlp().to(DOUBLE), x(4, 5), labels(4)
+    hs = transform(net, F.cross_entropy, (inputs, y), **options)
+    a, b = hs(inputs, y).hess_diag, hs(inputs, y).hess_diag
+    want = transform(net, F.cross_entropy, (inputs, y))(inputs, y).hess_diag
+    for name in ("4.weight", "4.bias"):
+        torch.testing.assert_close(a[name], want[name], rtol=1e-12, atol=0)
+    assert not torch.equal(a["2.weight"], b["2.weight"])
+
+
+def test_two_classes_that_compete_have_one_column():
+    """Its square is the same for all signs, so that one random column is exact."""
+    net, inputs, y = mlp(2).to(DOUBLE), x(4, 5), torch.randint(2, (4,))
+    want = brute_force(net, F.cross_entropy, inputs, y)
+    got = transform(net, F.cross_entropy, (inputs, y), method="ggn", columns=1)(inputs, y).hess_diag
+    assert_close(got, want, 1e-10, "two classes")
+
+
 def test_a_generator_repeats_its_draws_and_a_compiled_graph_draws_afresh():
     net, inputs, y = mlp(), torch.randn(4, 5), labels(4)
     first, second = (

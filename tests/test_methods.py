@@ -194,6 +194,9 @@ def test_a_report_calls_exact_only_what_is():
     for method, exact in expected.items():
         hs = transform(net, F.cross_entropy, (inputs, y), method=method)
         assert hs.report()["4.weight"].exact == exact, method
-    assert not transform(net, F.cross_entropy, (inputs, y), columns=1).report()["4.weight"].exact
-    hs = transform(net, F.cross_entropy, (inputs, y), calibrate=True)
-    assert not hs.report()["4.weight"].exact
+    for options in ({"columns": 1}, {"calibrate": True}):
+        report = transform(net, F.cross_entropy, (inputs, y), **options).report()
+        assert report["4.weight"].exact and not report["2.weight"].exact
+    coupled = lambda z, y: z.square().logsumexp(1).mean()  # noqa: E731
+    hs = transform(net, coupled, (inputs, y), columns=1)
+    assert not hs.report()["4.weight"].exact  # its columns are those of eigenvectors

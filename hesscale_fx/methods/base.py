@@ -27,7 +27,10 @@ class Place:
         uses: for each input ``"rows"``, if it has samples or no output has; ``"own"``, if the unit
             uses no element of it twice in one sample; ``"once"``, if only this unit uses it,
             and all that is before it keeps elements apart; ``"met"``, if it is used where
-            samples have been combined; else ``"shared"``.
+            samples have been combined; ``"exact"``, if the recursion is exact there and serves in
+            the place of random columns; else ``"shared"``.
+        exact: for each input whether the recursion is exact there; empty if no one asks.
+        leaves: for each input whether it is one that is differentiated.
         is_row: entries of one row of an input reach several of an output, not linearly.
         is_root: the unit is the one of the loss that bends, and its matrix of second derivatives
             has a square root in closed form.
@@ -36,6 +39,8 @@ class Place:
     inside: bool = False
     rows: tuple[tuple[int, int] | None, ...] = ()
     uses: tuple[str, ...] = ()
+    exact: tuple[bool, ...] = ()
+    leaves: tuple[bool, ...] = ()
     is_row: bool = False
     is_root: bool = False
 
@@ -62,7 +67,8 @@ class Method:
     """What flows backwards through the units, role by role.
 
     A role is the name of one flowing quantity; ``"grad"`` is always the gradient, and ``"hess"``
-    has the shape of the tensor it belongs to. Any other role has one more dimension in front.
+    has the shape of the tensor it belongs to. ``"columns"`` have one more dimension in front, and
+    ``"trace"`` is a number.
     """
 
     name: str

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hesscale_fx.methods.base import Flow, Output, Place, sums
+from hesscale_fx.methods.base import Flow, Place, sums
 from hesscale_fx.methods.columns import Columns
-from hesscale_fx.methods.persample import squares
+from hesscale_fx.methods.persample import norms_per_sample, squares
 from hesscale_fx.structures import Evaluation
 from hesscale_fx.structures.base import add
 
@@ -21,8 +21,8 @@ class Calibrated(Columns):
 
     The recursion is linear in its sources: s_gn is fed by the loss alone, s_rest by the second
     derivatives of the model. The factor is the trace of the Gauss-Newton matrix of that tensor,
-    from `columns`, over the sum of s_gn. A method that does not `refresh` takes the factors as they
-    are, and carries no columns.
+    from `columns`, over the sum of s_gn; where the recursion is exact it is 1. A method that does
+    not `refresh` takes the factors as they are, and carries no columns.
     """
 
     name: str = "hesscale"
@@ -30,28 +30,32 @@ class Calibrated(Columns):
     refresh: bool = True
 
     @property
-    def asked(self) -> str:  # type: ignore[override]
+    def asked(self) -> str:
         return "calibrate="
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
-        fresh = ("columns", "mass") if self.refresh else ()
+        fresh = ("columns", "trace", "mass") if self.refresh else ()
         return ("grad", *fresh, "gauss", "hess")
 
-    @property
-    def exactness(self) -> str:  # type: ignore[override]
-        return "never"
-
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
+        if role == "trace":
+            return norms_per_sample(at, y["columns"], place)
         if role == "mass":
-            return sums(at.squared_vjp(y["mass"]), self.own_squares(at, y, place))
+            known = norms_per_sample(at, y["columns"], place)
+            uses = tuple(
+                "known" if n is not None else u for n, u in zip(known, place.uses, strict=True)
+            )
+            rest = self.own_squares(at, y, replace(place, uses=uses))
+            return sums(at.squared_vjp(y["mass"]), rest)
         if role in ("grad", "columns"):
             return super().pull(role, at, y, place)
         factors = y["factors"]
         if role == "gauss":
-            passed = at.squared_vjp(y["gauss"])
-            return [p if f is None else None for p, f in zip(passed, factors, strict=True)]
-        passed = at.squared_vjp(y["hess"])
+            uses = place.uses or ("rows",) * len(factors)
+            flows = zip(at.squared_vjp(y["gauss"]), factors, uses, strict=True)
+            return [p if f is None and use != "exact" else None for p, f, use in flows]
+        passed = self.with_gauss(at, y, place, at.squared_vjp(y["hess"]))
         for i, factor in enumerate(factors):  # both parts in one, where they meet their parameter
             if factor is not None:
                 parts = zip(y["gauss"], y["hess"], strict=True)
@@ -59,23 +63,14 @@ class Calibrated(Columns):
                 passed[i] = at.squared_vjp(both)[i]
         return sums(passed, at.curvature(y["grad"]))
 
-    def begin(
-        self, z: Tensor, values: Mapping[str, Tensor | None], output: Output, given: tuple
-    ) -> dict[str, Tensor | None]:
-        found = super().begin(z, {"columns": None, **values}, output, given)
-        hess, left = values["hess"], found["hess"]
-        found["gauss"] = hess if hess is None or output.convex else hess.clamp(min=0)
-        if output.kind == "full":
-            found["gauss"] = self.positive(z, given[1], output)
-        return {role: found.get(role) for role in self.roles} | {"hess": left}
-
     def factor(self, values: Mapping[str, Tensor | None], known: Tensor) -> Tensor:
         """Of one parameter: the new one, or the known one where there is no mass."""
-        mass = add(values.get("mass"), squares(values.get("columns")))
+        parts = (values.get("mass"), squares(values.get("columns")), values.get("trace"))
+        masses = [p.sum() for p in parts if p is not None]
         gauss = values.get("gauss")
-        if mass is None or gauss is None:
+        if not masses or gauss is None:
             return known
-        trace, total = mass.sum().to(known.dtype), gauss.sum().to(known.dtype)
+        trace, total = sum(masses[1:], masses[0]).to(known.dtype), gauss.sum().to(known.dtype)
         found = total > 0
         return torch.where(found, trace / torch.where(found, total, 1), known)
 

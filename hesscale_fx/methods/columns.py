@@ -24,26 +24,29 @@ class Columns(Method):
     negative part flows as HesScale's s does. With `curved` that s is fed by the second-derivative
     terms of the model too, else the result is the Gauss-Newton diagonal. With a `tail` the columns
     end at the first contraction that is not one of the last so many, in s.
+
+    Beside random columns "gauss" is the diagonal of what they stand for, as far as the recursion is
+    exact: there it serves in their place, without their noise.
     """
 
     name: str
     columns: int | None = None
     curved: bool = True
     tail: int | None = None
-    roles = ("grad", "columns", "hess")
     needs_boundary = True
     needs_samples = True
+
+    @property
+    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
+        sure = ("gauss",) if self.columns else ()
+        return ("grad", "columns", *sure, "hess")
 
     @property
     def of(self) -> str:  # type: ignore[override]
         return "Hessian" if self.curved else "Gauss-Newton"
 
     @property
-    def exactness(self) -> str:  # type: ignore[override]
-        return "recursion" if self.columns is None else "never"
-
-    @property
-    def asked(self) -> str:  # type: ignore[override]
+    def asked(self) -> str:
         if self.tail is not None:
             return "tail="
         return "columns=" if self.name == "hesscale" else super().asked
@@ -55,10 +58,30 @@ class Columns(Method):
             if place.is_root:
                 return at.root(y["grad"], self._scaled(y["signs"][0]))  # type: ignore[attr-defined]
             return pull_columns(at, y["columns"], place)
+        if role == "gauss":
+            return self.while_exact(at.squared_vjp(y["gauss"]), place)
         passed = self.own_squares(at, y, place, y["hess"])
+        passed = self.with_gauss(at, y, place, passed)
         if not self.curved and place.inside:
             return passed
         return sums(passed, at.curvature(y["grad"]))
+
+    def while_exact(self, passed: list[Tensor | None], place: Place) -> list[Tensor | None]:
+        """What flows on of "gauss": nothing where the recursion is not exact, or ends."""
+        if not place.exact:
+            return [None] * len(passed)
+        uses = zip(passed, place.exact, place.uses, strict=True)
+        return [p if exact and use != "exact" else None for p, exact, use in uses]
+
+    def with_gauss(
+        self, at: Evaluation, y: Flow, place: Place, passed: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """What flows of s, where the recursion is exact with the part that columns stand for."""
+        if "exact" not in place.uses:
+            return passed
+        found = at.squared_vjp(sums(y["gauss"], y["hess"]))
+        uses = zip(place.uses, passed, found, strict=True)
+        return [f if use == "exact" else p for use, p, f in uses]
 
     def own_squares(
         self, at: Evaluation, y: Flow, place: Place, s: list[Tensor | None] | None = None
@@ -78,36 +101,38 @@ class Columns(Method):
     def begin(
         self, z: Tensor, values: Mapping[str, Tensor | None], output: Output, given: Any
     ) -> dict[str, Tensor | None]:
-        left, columns = values["hess"], values["columns"]
-        if "columns" not in self.roles:
-            return {**values, "hess": self.negative(z, left, output, given)}
-        signs, hessian = self._scaled(given[0]), given[1]
+        found = {**values, **self.diagonals(z, values["hess"], output, given)}
+        if "columns" in self.roles:
+            found["columns"] = self.root(z, values, output, given)
+        return {role: found.get(role) for role in self.roles}
+
+    def diagonals(
+        self, z: Tensor, s: Tensor | None, output: Output, given: Any
+    ) -> dict[str, Tensor | None]:
+        """Of the Hessian at z: the negative part as "hess", and as "gauss" the positive part."""
         if output.kind == "full":
-            columns, left = factor(z, hessian, output, signs)
-        elif left is not None:
-            if output.kind == "diagonal":
-                columns = (left if output.convex else left.clamp(min=0)).sqrt()
-                columns = columns.unsqueeze(0) if signs is None else columns * signs
-            left = self.negative(z, left, output, given)
-        if columns is not None and signs is None and output.kind != "full":
-            columns = spread_out(columns, output)
-        return {**values, "columns": columns, "hess": left}
+            left = factor(z, given[1], output, None)[1]
+            diagonal = unflatten(given[1].diagonal(dim1=1, dim2=2), z, output)
+            return {"gauss": diagonal.to(left.dtype) - left, "hess": left}
+        if s is None or output.convex:
+            return {"gauss": s, "hess": None}
+        return {"gauss": s.clamp(min=0), "hess": s.clamp(max=0)}
+
+    def root(
+        self, z: Tensor, values: Mapping[str, Tensor | None], output: Output, given: Any
+    ) -> Tensor | None:
+        """The columns at z."""
+        signs, s, columns = self._scaled(given[0]), values["hess"], values["columns"]
+        if output.kind == "full":
+            return factor(z, given[1], output, signs)[0]
+        if output.kind == "diagonal" and s is not None:
+            columns = (s if output.convex else s.clamp(min=0)).sqrt()
+            columns = columns.unsqueeze(0) if signs is None else columns * signs
+        return spread_out(columns, output) if columns is not None and signs is None else columns
 
     def fold(self, values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """The diagonal of the columns in s, in their place."""
         return {**values, "columns": None, "hess": self.read_out(values)}
-
-    def negative(self, z: Tensor, s: Tensor | None, output: Output, given: tuple) -> Tensor | None:
-        """The diagonal of the negative part of the Hessian at z."""
-        if output.kind == "full":
-            return factor(z, given[1], output, None)[1]
-        return None if s is None or output.convex else s.clamp(max=0)
-
-    def positive(self, z: Tensor, hessian: Tensor, output: Output) -> Tensor:
-        """The diagonal of the positive part."""
-        left = factor(z, hessian, output, None)[1]
-        diagonal = unflatten(hessian.diagonal(dim1=1, dim2=2), z, output)
-        return diagonal.to(left.dtype) - left
 
     def _scaled(self, signs: Tensor | None) -> Tensor | None:
         """So that the squares of all columns add up to what one has on average."""

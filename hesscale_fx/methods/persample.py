@@ -103,6 +103,24 @@ def squares_per_sample(at: Evaluation, u: Tensors, place: Place) -> list[Tensor 
     return result
 
 
+def norms_per_sample(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | None]:
+    """Sums of those squares over the elements too, where the unit has a rule for that.
+
+    For leaves only: what lies between a leaf and another tensor may scale the squares.
+    """
+    nothing: list[Tensor | None] = [None] * len(place.uses)
+    rule = getattr(at, "norms_per_sample", None)
+    if rule is None or len(u) != 1 or u[0] is None or place.rows[0] is None:
+        return nothing
+    (dim, inner), columns = place.rows[0], u[0]
+    found = several(lambda one: rule(one, dim, inner), [columns])
+    uses = zip(found, place.uses, place.leaves, strict=True)
+    return [
+        f.sum(0) if f is not None and leaf and use in ("own", "once") else None
+        for f, use, leaf in uses
+    ]
+
+
 def select_samples(u: Tensor, dim: int, inner: int) -> Tensor:
     """(columns, *shape) -> (columns * samples, *shape), one sample of u in each."""
     size = u.shape[dim + 1]

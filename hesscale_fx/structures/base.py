@@ -146,7 +146,10 @@ def several(
         if not isinstance(count, int):
             raise
         each = [present([v[k] for v in u]) for k in range(count)]
-        stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+        stacked = [
+            torch.stack(parts) if count > 1 else parts[0].unsqueeze(0)  # no copy of one
+            for parts in zip(*each, strict=True)
+        ]
     rest = iter(stacked)
     return [next(rest) if k else None for k in known]
 
