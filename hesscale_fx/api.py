@@ -35,7 +35,7 @@ from hesscale_fx.errors import (
 from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
 from hesscale_fx.lossroot import LossRoot, loss_root_of
-from hesscale_fx.methods import Calibrated, HesScale, Method, make_method
+from hesscale_fx.methods import Calibrated, HesScale, LossSplit, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
 from hesscale_fx.names import CALIBRATION, source_name
 from hesscale_fx.random import Signs
@@ -322,6 +322,14 @@ class Builder:
                 reason = error
         raise CaptureError(explain(reason, self.step)) from reason  # type: ignore[arg-type]
 
+    def split(self, captured: Captured) -> Program:
+        """The graph of `HesScaleModule.loss_curvature`."""
+        stages = Stages()
+        with quiet():
+            program = self.compile(captured, stages, LossSplit())
+        stages.total()
+        return program
+
     def factors(self) -> torch.Tensor | None:
         """Factors of a calibrated method, all 1, one a parameter that is differentiated."""
         if not isinstance(self.method, Calibrated):
@@ -341,6 +349,7 @@ class Builder:
     def compile(self, captured: Captured, stages: Stages, method: Method | None = None) -> Program:
         """Analyse and emit."""
         method = method or self.method
+        is_split = isinstance(method, LossSplit)
         outputs = self._outputs(captured)
         if method.needs_boundary and not captured.boundary:
             raise InvalidArgumentError(
@@ -406,7 +415,7 @@ class Builder:
             set() if method.tail is None else beyond(partition.units, inside, method.tail),
         )
         with contracting_in(self.curvature_dtype):
-            graph = emission.run(outputs)
+            graph = emission.split() if is_split else emission.run(outputs)
         stages.done("emission", f"{len(graph.nodes)} nodes, method {method.name}")
         constants = self._name_attributes(graph, captured)
         return Program(
@@ -476,7 +485,9 @@ def report_of(
             method.exactness == "recursion" and state.exact and not noisy
         )
         entries[name] = Entry(exact, () if exact else losses)
-    return Report(entries, method.of, captured.way, tuple(d.describe() for d in captured.fixed))
+    fixed = tuple(d.describe() for d in captured.fixed)
+    split = "" if loss_root is None else loss_root.describe()
+    return Report(entries, method.of, captured.way, fixed, split)
 
 
 def matches(name: str, pattern: str) -> bool:

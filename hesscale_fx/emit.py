@@ -46,6 +46,13 @@ DATA_DEPENDENT = (
 )
 
 
+# The trace of a diagonal that arrives, and of one that does not.
+SPLIT: dict[str, Callable[[list[Any], Tracer], list[Any]]] = {
+    "sum": lambda given, tracer: [given[0].sum()],
+    "nothing": lambda given, tracer: [torch.zeros_like(given[0])],
+}
+
+
 class Emission:
     """One run of emission; `run` gives the finished graph."""
 
@@ -111,6 +118,35 @@ class Emission:
         simplify(self._graph, generated)
         self._mark_outputs(outputs)
         rename(self._graph, self._origin)
+        annotate(self._graph, self._origin)
+        return self._graph
+
+    def split(self) -> fx.Graph:
+        """Emit the traces of the positive and the negative part of the loss's Hessian, no more."""
+        self._emit_forward()
+        entered: dict[str, Any] = {}
+
+        def stop(slot: Slot, values: dict[str, Any]) -> dict[str, Any]:
+            if self._loss_root is None or slot[0] is not self._loss_root.node:
+                return values
+            if slot == self._loss_root.slot:
+                entered.update(self._begin(slot, values))
+            return {}
+
+        loss = self._captured.loss
+        reverse(
+            self._units, self._primitives.of[loss], self._seed(loss), self._pull, self._add, stop
+        )
+        totals = []
+        for role in ("gauss", "hess"):
+            origin = Origin(loss, role)
+            found = entered.get(role)
+            run = "sum" if found is not None else "nothing"
+            inputs = [self._values[loss] if found is None else found]
+            (total,) = self._emit((run, role), SPLIT[run], inputs, origin)
+            totals.append(total)
+        self._graph.output(tuple(totals))
+        simplify(self._graph, {n for n, o in self._origin.items() if o.role != "forward"})
         annotate(self._graph, self._origin)
         return self._graph
 

@@ -41,6 +41,17 @@ class LossRoot:
     loss: fx.Node
     convex: bool = False  # surely, so that there is no negative part
 
+    def describe(self) -> str:
+        """How columns come from it, for a report."""
+        way = {
+            "diagonal": "its Hessian at the output is diagonal",
+            "root": "the root of its Hessian at the output in closed form",
+            "full": "its Hessian at the output split by eigenvectors in each sample",
+        }[self.kind]
+        if self.convex:
+            return f"{way}; convex"
+        return f"{way}; a negative part is left to the recursion, see hs.loss_curvature"
+
     def hessian(self, z: Tensor, entering: list[Tensor], output: Any) -> Tensor:
         """The Hessian of the loss for each sample, (samples, n, n)."""
         from hesscale_fx.methods.columns import flatten, unflatten

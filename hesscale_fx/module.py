@@ -24,7 +24,7 @@ from hesscale_fx.every import Schedule, without_curvature
 from hesscale_fx.methods import Exact
 from hesscale_fx.names import CALIBRATION
 from hesscale_fx.random import Signs
-from hesscale_fx.report import Report, Verification
+from hesscale_fx.report import LossCurvature, Report, Verification
 from hesscale_fx.signature import RETRANSFORM, Signature
 from hesscale_fx.stages import log
 from hesscale_fx.verify import LossOf, exact_diagonal, graph_loss, model_loss, verify
@@ -116,6 +116,7 @@ class Program:
     units: list[Unit]
     random: list[Signs] = field(default_factory=list)  # inputs after the call's own
     steady: Program | None = None  # with calibration: for calls that refresh no factor
+    split: Program | None = None  # of `loss_curvature`, once it was asked for
     function: Callable | None = None
     asserts: bool = False  # it has fixed decisions that a call may contradict
     code: str = ""
@@ -141,6 +142,7 @@ class Program:
             self.units,
             self.random,
             copy.deepcopy(self.steady, memo),
+            None,
             self.function,
             self.asserts,
             self.code,
@@ -232,6 +234,8 @@ class HesScaleModule(fx.GraphModule):
             yield program
             if program.steady is not None:
                 yield program.steady
+            if program.split is not None:
+                yield program.split
 
     @property
     def factors(self) -> dict[str, float]:
@@ -555,6 +559,42 @@ class HesScaleModule(fx.GraphModule):
             (True, False)
         """
         return self._program().report
+
+    def loss_curvature(self, *args: Any, **kwargs: Any) -> LossCurvature:
+        """How much of the loss's Hessian at the model's output is negative on these data.
+
+        Columns (``columns=``, ``calibrate=``, ``tail=``, ``method="ggn"``) are those of a square
+        root of the positive part; the negative part, of a loss that is not convex in the model's
+        output, is left to the recursion. Works with every method, and runs a graph of its own that
+        ends at the output: calls are not slowed down.
+
+        Args:
+            *args: what a call would get: inputs, then targets.
+            **kwargs: the model's keyword arguments.
+
+        Returns:
+            The traces of both parts, summed over samples, in units of loss / output^2.
+
+        Raises:
+            HesScaleError: the model's output is not known, or there are several.
+
+        Example:
+            >>> import torch, hesscale_fx
+            >>> from torch import nn
+            >>> hs = hesscale_fx.transform(nn.Linear(4, 3), nn.CrossEntropyLoss())
+            >>> hs.loss_curvature(torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])).negative
+            0.0
+        """
+        program, tensors = self._find(args, kwargs)
+        if program.split is None:
+            split = self._build.split(program.captured)
+            _, split.function = self._function_of(split.graph, split)
+            program.split = split
+            self._link()
+        assert program.split.function is not None
+        with torch.no_grad(), without_autocast():
+            positive, negative = program.split.function(self, *tensors)
+        return LossCurvature(positive.item(), negative.item())
 
     def summary(self, *args: Any, depth: int | None = None, **kwargs: Any) -> Summary:
         """Per module parameters, FLOPs, exactness, memory; see `hesscale_fx.inspect.summary`."""

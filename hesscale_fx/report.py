@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -44,15 +45,23 @@ class Report(Mapping[str, Entry]):
         way: how the graph was captured, e.g. ``"torch.export"``.
         fixed: what the capture had to fix of values that come from data, with the source line;
             each is checked at every call.
+        split: of methods with columns, how they come from the loss, and whether it is surely
+            convex; else empty.
     """
 
     def __init__(
-        self, entries: dict[str, Entry], of: str, way: str = "", fixed: tuple[str, ...] = ()
+        self,
+        entries: dict[str, Entry],
+        of: str,
+        way: str = "",
+        fixed: tuple[str, ...] = (),
+        split: str = "",
     ) -> None:
         self._entries = entries
         self.of = of
         self.way = way
         self.fixed = fixed
+        self.split = split
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -72,11 +81,31 @@ class Report(Mapping[str, Entry]):
         head = f"{self.of}: {exact} of {len(self)} diagonals are exact"
         if self.way:
             head += f"; captured by {self.way}"
+        if self.split:
+            head += f"\nloss: {self.split}"
         if self.fixed:
             head += "\nfixed, and checked at each call:\n  " + "\n  ".join(self.fixed)
         return head + "\n" + table(("parameter", "diagonal", "off-diagonal part dropped at"), rows)
 
     __repr__ = __str__
+
+
+class LossCurvature(NamedTuple):
+    """The trace of the loss's Hessian at the model's output, in two parts.
+
+    Attributes:
+        positive: the sum of positive eigenvalues, which columns carry.
+        negative: that of the others, at most 0, which is left to the recursion.
+    """
+
+    positive: float
+    negative: float
+
+    @property
+    def share(self) -> float:
+        """How much of both is negative, between 0 and 1."""
+        whole = self.positive - self.negative
+        return abs(self.negative) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import hesscale_fx
 from hesscale_fx import transform
+from hesscale_fx.structures.persample import product_norms
 
 DOUBLE = torch.float64
 
@@ -254,6 +256,30 @@ def test_calibration_gives_each_tensor_the_mass_of_the_ggn():
     assert max(abs(f - 1) for f in hs.factors.values()) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "name", default(["pooled convolutions", "attention", "tied"], "attention", "tied")
+)
+def test_factors_are_ratios_of_traces_in_every_model(name):
+    net, inputs, y = MODELS[name]()
+    net = net.to(DOUBLE)
+    want = brute_force(net, F.cross_entropy, inputs, y)
+    plain = transform(net, F.cross_entropy, method="hesscale_gn")(inputs, y).hess_diag
+    hs = transform(net, F.cross_entropy, calibrate=True, columns="exact")
+    hs(inputs, y)
+    report = hs.report()
+    for n, factor in hs.factors.items():
+        ratio = (want[n].sum() / plain[n].sum()).item()
+        assert factor == pytest.approx(ratio, rel=1e-9) or plain[n].sum() == 0, n
+        assert factor == 1 or not report[n].exact
+
+
+@pytest.mark.parametrize(("places", "outputs", "inputs"), [(1, 3, 4), (2, 9, 8), (9, 3, 2)])
+def test_squared_norms_by_products_over_places_or_features(places, outputs, inputs):
+    u, v = x(4, places, outputs), x(4, places, inputs)
+    want = (u.transpose(1, 2) @ v).square().sum()
+    torch.testing.assert_close(product_norms(u, v), want)
+
+
 def test_factors_are_kept_between_refreshes():
     net, inputs, y = mlp().to(DOUBLE), x(4, 5), labels(4)
     hs = transform(net, F.cross_entropy, calibrate=3, columns="exact")
@@ -313,3 +339,44 @@ def test_several_outputs_are_refused_by_name():
     loss = lambda z, y: (z[0] - z[1] - y).square().mean()  # noqa: E731
     with pytest.raises(hesscale_fx.HesScaleError, match="has 2"):
         transform(Two(), loss, (torch.randn(4, 5), torch.ones(4, 3)), columns=1)
+
+
+# --- the negative part of a loss ------------------------------------------------------------------
+
+CONVEX = "convex"
+NEGATIVE = "a negative part is left to the recursion"
+SPLITS = {
+    "root": (F.cross_entropy, f"closed form; {CONVEX}"),
+    "negative root": (lambda z, y: -F.cross_entropy(z, y), f"closed form; {NEGATIVE}"),
+    "full": (lambda z, y: (z.sin().sum(1) * z[:, 0]).mean(), f"eigenvectors.*{NEGATIVE}"),
+    "diagonal": (lambda z, y: z.sin().mean(), f"diagonal; {NEGATIVE}"),
+}
+
+
+@pytest.mark.parametrize("name", default(SPLITS, "root", "diagonal"))
+def test_how_much_of_a_loss_is_negative_is_reported(name):
+    loss, words = SPLITS[name]
+    net, inputs, y = nn.Linear(5, 3).to(DOUBLE), x(4, 5), labels(4)
+    hs = transform(net, loss, (inputs, y), columns=1)
+    assert re.search(words, str(hs.report()))
+    z = net(inputs).detach()
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda z: loss(z, y)))(z)
+    values = torch.linalg.eigvalsh(hessian.reshape(z.numel(), -1))
+    found = hs.loss_curvature(inputs, y)
+    want = [values.clamp(min=0).sum(), values.clamp(max=0).sum()]
+    torch.testing.assert_close(torch.tensor(found), torch.stack(want).float())
+    assert found.share == pytest.approx((want[1] / (want[1] - want[0])).item(), abs=1e-6)
+
+
+def test_every_method_says_how_much_of_a_loss_is_negative():
+    net, inputs, y = nn.BatchNorm1d(3), torch.randn(4, 3), labels(4)
+    hs = transform(net, lambda z, y: -F.cross_entropy(z, y))
+    before = hs(inputs, y).loss
+    assert hs.report().split == "" and hs.loss_curvature(inputs, y).share == 1
+    mean = net.running_mean.clone()
+    hs.loss_curvature(inputs, y)
+    assert torch.equal(net.running_mean, mean)  # nothing is written
+    assert torch.equal(hs(inputs, y).loss, before)
+    alone = transform(lambda a: net(a).square().sum(), wrt="inputs")
+    with pytest.raises(hesscale_fx.HesScaleError, match=r"loss_curvature.*hesscale_fx.output"):
+        alone.loss_curvature(inputs)

@@ -13,6 +13,7 @@ from hesscale_fx.methods.columns import Columns
 from hesscale_fx.methods.fisher import EmpiricalFisher
 from hesscale_fx.methods.hesscale import HesScale
 from hesscale_fx.methods.products import Exact, Hutchinson
+from hesscale_fx.methods.split import LossSplit
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -120,6 +121,7 @@ __all__ = [
     "Exact",
     "HesScale",
     "Hutchinson",
+    "LossSplit",
     "Method",
     "Output",
     "Place",
