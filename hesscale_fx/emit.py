@@ -433,7 +433,7 @@ class Emission:
     def _factors_of(self, unit: Unit, place: Place) -> list[fx.Node | None]:
         """The factor of each input that is a parameter used here alone, if it is known."""
         method = self._method
-        if not isinstance(method, Calibrated) or method.refresh or not place.inside:
+        if not isinstance(method, Calibrated) or not place.inside:
             return [None] * len(unit.inputs)
         return [
             self._factors[self._position[node]]
@@ -650,7 +650,7 @@ def check_shapes(unit: Unit, role: str, values: list[Tensor | None]) -> None:
     """A rule that gives another shape than its input's is a bug; never let it broadcast."""
     for (node, _), value in zip(unit.inputs, values, strict=True):
         if value is not None:
-            want, have = () if role == "trace" else node.meta["val"].shape, value.shape
+            want, have = () if role == "factor" else node.meta["val"].shape, value.shape
             have = have[1:] if role == "columns" else have
             fits = len(want) == len(have) and all(
                 not isinstance(a, int) or not isinstance(b, int) or a == b

@@ -15,7 +15,7 @@ ROLE = {
     "columns": "columns",
     "gauss": "Gauss-Newton",
     "mass": "mass",
-    "trace": "trace",
+    "factor": "factor",
 }
 
 

@@ -68,7 +68,7 @@ class Method:
 
     A role is the name of one flowing quantity; ``"grad"`` is always the gradient, and ``"hess"``
     has the shape of the tensor it belongs to. ``"columns"`` have one more dimension in front, and
-    ``"trace"`` is a number.
+    ``"factor"`` is a number.
     """
 
     name: str

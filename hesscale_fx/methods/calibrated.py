@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesscale_fx.methods.base import Flow, Place, sums
 from hesscale_fx.methods.columns import Columns
-from hesscale_fx.methods.persample import norms_per_sample, squares
+from hesscale_fx.methods.persample import norms_per_sample, squares, totals_of
 from hesscale_fx.structures import Evaluation
 from hesscale_fx.structures.base import add
 
@@ -35,22 +35,20 @@ class Calibrated(Columns):
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]
-        fresh = ("columns", "trace", "mass") if self.refresh else ()
+        fresh = ("columns", "factor", "mass") if self.refresh else ()
         return ("grad", *fresh, "gauss", "hess")
 
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
-        if role == "trace":
-            return norms_per_sample(at, y["columns"], place)
-        if role == "mass":
-            known = norms_per_sample(at, y["columns"], place)
-            uses = tuple(
-                "known" if n is not None else u for n, u in zip(known, place.uses, strict=True)
-            )
-            rest = self.own_squares(at, y, replace(place, uses=uses))
-            return sums(at.squared_vjp(y["mass"]), rest)
         if role in ("grad", "columns"):
             return super().pull(role, at, y, place)
-        factors = y["factors"]
+        factors = self.met(at, y, place)
+        if role == "factor":
+            return factors
+        if role == "mass":
+            pairs = zip(place.uses, factors, strict=True) if place.uses else ()
+            others = tuple(use if f is None else "factor" for use, f in pairs)
+            own = self.own_squares(at, y, replace(place, uses=others))
+            return sums(at.squared_vjp(y["mass"]), own)
         if role == "gauss":
             uses = place.uses or ("rows",) * len(factors)
             flows = zip(at.squared_vjp(y["gauss"]), factors, uses, strict=True)
@@ -63,18 +61,40 @@ class Calibrated(Columns):
                 passed[i] = at.squared_vjp(both)[i]
         return sums(passed, at.curvature(y["grad"]))
 
+    def met(self, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
+        """The factors of the parameters that a unit meets, where they can be told there."""
+        known = y["factors"]
+        if not self.refresh or all(f is None for f in known):
+            return known
+        traces = norms_per_sample(at, y["columns"], place)
+        wanted = [f is not None and t is not None for f, t in zip(known, traces, strict=True)]
+        totals = totals_of(at, y["gauss"], wanted)
+        found = zip(wanted, known, traces, totals, strict=True)
+        return [ratio(t, total, f) if want else None for want, f, t, total in found]
+
     def factor(self, values: Mapping[str, Tensor | None], known: Tensor) -> Tensor:
         """Of one parameter: the new one, or the known one where there is no mass."""
-        parts = (values.get("mass"), squares(values.get("columns")), values.get("trace"))
+        met = values.get("factor")
+        if met is not None:
+            return met.to(known.dtype)
+        parts = (values.get("mass"), squares(values.get("columns")))
         masses = [p.sum() for p in parts if p is not None]
         gauss = values.get("gauss")
         if not masses or gauss is None:
             return known
-        trace, total = sum(masses[1:], masses[0]).to(known.dtype), gauss.sum().to(known.dtype)
-        found = total > 0
-        return torch.where(found, trace / torch.where(found, total, 1), known)
+        return ratio(sum(masses[1:], masses[0]), gauss.sum(), known)
 
     def scaled(self, values: Mapping[str, Tensor | None], factor: Tensor) -> Tensor | None:
         """The diagonal of one parameter."""
         gauss, hess = values.get("gauss"), values.get("hess")
         return add(None if gauss is None else factor.to(gauss.dtype) * gauss, hess)
+
+
+def ratio(trace: Tensor | None, total: Tensor | None, known: Tensor | None) -> Tensor:
+    """The factor that gives `total` the trace, or the known one where there is nothing to scale."""
+    assert known is not None
+    if trace is None or total is None:
+        return known
+    trace, total = trace.to(known.dtype), total.to(known.dtype)
+    found = total > 0
+    return torch.where(found, trace / torch.where(found, total, 1), known)

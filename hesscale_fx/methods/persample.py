@@ -121,6 +121,21 @@ def norms_per_sample(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | 
     ]
 
 
+def totals_of(at: Evaluation, s: Tensors, wanted: list[bool]) -> list[Tensor | None]:
+    """The sum of the elements of ``(J o J)^T s`` for each input that is wanted."""
+    nothing: list[Tensor | None] = [None] * len(wanted)
+    if not any(wanted) or all(v is None for v in s):
+        return nothing
+    rule = getattr(at, "totals", None)
+    known = nothing if rule is None else rule(s)
+    missing = any(w and k is None for w, k in zip(wanted, known, strict=True))
+    passed = at.squared_vjp(s) if missing else nothing
+    found = zip(wanted, known, passed, strict=True)
+    return [
+        (k if k is not None else None if p is None else p.sum()) if w else None for w, k, p in found
+    ]
+
+
 def select_samples(u: Tensor, dim: int, inner: int) -> Tensor:
     """(columns, *shape) -> (columns * samples, *shape), one sample of u in each."""
     size = u.shape[dim + 1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, wide, widen
-from hesscale_fx.structures.persample import call_norms, call_per_sample
+from hesscale_fx.structures.persample import call_norms, call_per_sample, call_totals
 
 # While a graph is emitted, the dtype in which curvature is contracted, if not that it is held in.
 low_precision: ContextVar[torch.dtype | None] = ContextVar("low_precision", default=None)
@@ -76,6 +76,9 @@ class ContractionAt:
 
     def norms_per_sample(self, u: Tensors, dim: int, inner: int) -> list[Tensor | None]:
         return call_norms(self.call, u, dim, inner)
+
+    def totals(self, s: Tensors) -> list[Tensor | None]:
+        return call_totals(self.call, s)
 
 
 @dataclass

@@ -44,6 +44,17 @@ def call_norms(call: Call, u: Tensors, dim: int, inner: int) -> list[Tensor | No
     return [found.get(tensors.index(i)) for i in call.active]
 
 
+def call_totals(call: Call, s: Tensors) -> list[Tensor | None]:
+    """The sum of all elements of ``(J o J)^T s`` for weight and bias of a linear layer."""
+    nothing: list[Tensor | None] = [None] * len(call.active)
+    if call.op is not aten.linear.default or s[0] is None or s[0].dim() < 2:
+        return nothing
+    x = widen(call.leaves[0])
+    found = {1: (s[0].sum(-1) * x.square().sum(-1)).sum(), 2: s[0].sum()}
+    tensors = [i for i, v in enumerate(call.leaves) if isinstance(v, Tensor)]
+    return [found.get(tensors.index(i)) for i in call.active]
+
+
 def split(value: Tensor, dim: int, inner: int) -> Tensor:
     """(samples, inner, others...) with all but the last of the others in their order."""
     value = value.movedim(dim, 0)
