@@ -1,11 +1,12 @@
 """The accuracy dial: error of the diagonal against columns, calibration and tail.
 
-    python benchmarks/dial.py [--seeds 20] [--only mlp|pool|gpt] [--time]
+    python benchmarks/dial.py [--seeds 20] [--only mlp|pool|gpt|tail] [--time]
 
 Relative L1 error, sum |h - exact| / sum |exact|, mean over seeds. The classifiers are tanh networks
 10-16-..-16-5 in float64, trained by full-batch Adam for 300 steps on 256 standard normal inputs
 with the labels of a random teacher; the diagonal is that of the weights on the first 32 inputs.
-`--time` measures what a call costs instead, in processor time over that of plain HesScale.
+`--time` measures what a call costs instead, in processor time over that of plain HesScale;
+`--only tail` shows both against the number of contractions that all columns are carried through.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ from tqdm import tqdm
 
 import hesscale_fx
 
-from workloads import WORKLOADS, Block
+from workloads import WORKLOADS, Block, Workload
 
 SETTINGS: dict[str, dict] = {
     "HesScale": {},
@@ -108,32 +111,44 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor], names: Iterable[str])
     return float(sum((a - b).abs().sum() for a, b in pairs) / sum(b.abs().sum() for _, b in pairs))
 
 
-def errors(
-    make: Callable[[], nn.Module],
-    data: Callable[[], tuple[Tensor, Tensor]],
-    steps: int,
-    seeds: int,
-    batch: int,
-    weights: bool,
-    settings: dict[str, dict],
-) -> dict[str, float]:
+@dataclass
+class Family:
+    """Networks of one kind, trained on data of one kind."""
+
+    make: Callable[[], nn.Module]
+    data: Callable[[], tuple[Tensor, Tensor]]
+    steps: int  # of training
+    batch: int  # on which the diagonal is computed
+    weights: bool = False  # leave out vectors
+
+
+FAMILIES = {
+    **{f"{n} hidden": Family(partial(classifier, n), teacher_data, 300, 32, True)
+       for n in (1, 2, 3, 5)},
+    **{f"pooled, {kind.__name__}": Family(partial(pooled, kind), partial(images, kind), 150, 32)
+       for kind in (nn.Tanh, nn.ReLU)},
+    **{f"GPT, {n} steps": Family(lambda: TinyGPT().double(), sentences, n, 8) for n in (0, 100)},
+}  # fmt: skip
+
+
+def errors(family: Family, seeds: int, settings: dict[str, dict]) -> dict[str, float]:
     """Mean error of each setting."""
-    net = make()
-    x, y = data()
-    x, y = x[:batch], y[:batch]
+    net, batch = family.make(), family.batch
+    x, y = (part[:batch] for part in family.data())
     modules = {
         name: hesscale_fx.transform(net, F.cross_entropy, (x, y), **options)
-        for name, options in {**settings, "exact": {"method": "exact"}}.items()
+        for name, options in settings.items()
     }
+    reference = hesscale_fx.transform(net, F.cross_entropy, (x, y), method="exact")
     found: dict[str, list[float]] = {name: [] for name in settings}
     for seed in tqdm(range(seeds), leave=False):
         torch.manual_seed(seed)
-        net.load_state_dict(make().state_dict())
-        x, y = data()
-        train(net, x, y, steps)
+        net.load_state_dict(family.make().state_dict())
+        x, y = family.data()
+        train(net, x, y, family.steps)
         x, y = x[:batch], y[:batch]
-        names = [n for n, p in net.named_parameters() if p.dim() > 1 or not weights]
-        want = modules["exact"](x, y).hess_diag
+        names = [n for n, p in net.named_parameters() if p.dim() > 1 or not family.weights]
+        want = reference(x, y).hess_diag
         for name in settings:
             found[name].append(error(modules[name](x, y).hess_diag, want, names))
     return {name: statistics.mean(values) for name, values in found.items()}
@@ -147,37 +162,69 @@ def show(title: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"{name:<28}" + "".join(f"{row[c]:>17.2g}" for c in columns), flush=True)
 
 
+def ratios(work: Workload, settings: dict[str, dict], rounds: int) -> dict[str, float]:
+    """Processor time of a call over that of the first setting, median of rounds in turns.
+
+    Of a calibrated one the mean over the calls from one refresh to the next.
+    """
+    calls = {
+        label: hesscale_fx.transform(work.model, work.loss, work.args, **options)
+        for label, options in settings.items()
+    }
+    taken: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in tqdm(range(rounds + 1), leave=False):
+        for label, call in calls.items():
+            count = settings[label].get("calibrate", 1)
+            start = time.process_time()
+            for _ in range(count):
+                call(*work.args)
+            taken[label].append((time.process_time() - start) / count)
+    medians = {label: statistics.median(t[1:]) for label, t in taken.items()}
+    first = medians[next(iter(settings))]
+    return {label: m / first for label, m in medians.items()}
+
+
 def times(rounds: int) -> dict[str, dict[str, float]]:
-    """Processor time of a call over plain HesScale's, median of rounds in turns."""
-    rows = {}
-    for name in ("mlp-4x1024", "gpt"):
-        work = WORKLOADS[name]()
-        calls = {
-            label: hesscale_fx.transform(work.model, work.loss, work.args, **options)
-            for label, options in {
-                "HesScale": {},
-                "columns=1": {"columns": 1},
-                "calibrate=10": {"calibrate": 10},
-            }.items()
-        }
-        taken: dict[str, list[float]] = {label: [] for label in calls}
-        for _ in tqdm(range(rounds + 1), leave=False):
-            for label, call in calls.items():
-                start = time.process_time()
-                for _ in range(10 if "calibrate" in label else 1):
-                    call(*work.args)
-                count = 10 if "calibrate" in label else 1
-                taken[label].append((time.process_time() - start) / count)
-        medians = {label: statistics.median(t[1:]) for label, t in taken.items()}
-        rows[name] = {label: m / medians["HesScale"] for label, m in medians.items()}
-    return rows
+    """What the settings cost on networks of the other benchmarks."""
+    settings: dict[str, dict] = {
+        "HesScale": {},
+        "columns=1": {"columns": 1},
+        "calibrate=1": {"calibrate": 1},
+        "calibrate=10": {"calibrate": 10},
+    }
+    names = ("mlp-4x1024", "gpt")
+    return {name: ratios(WORKLOADS[name](), settings, rounds) for name in names}
+
+
+def tails(title: str, family: Family, lengths: Iterable[int], seeds: int, rounds: int) -> None:
+    """Print error and time against the length of the tail."""
+    settings: dict[str, dict] = {f"tail={n}": {"tail": n} for n in lengths}
+    found = errors(family, seeds, settings)
+    x, y = (part[: family.batch] for part in family.data())
+    cost = ratios(Workload(family.make(), F.cross_entropy, (x,), (y,)), settings, rounds)
+    show(f"tail, {title}", {"error": found, "time": cost})
+
+
+TITLES = {
+    "mlp": ("tanh classifier, weights", ("1 hidden", "2 hidden", "3 hidden", "5 hidden")),
+    "pool": ("global average pooling", ("pooled, Tanh", "pooled, ReLU")),
+    "gpt": ("GPT", ("GPT, 0 steps", "GPT, 100 steps")),
+}
+TAILS = {
+    "3 hidden": range(5),
+    "5 hidden": range(7),
+    "pooled, Tanh": range(4),
+    "pooled, ReLU": range(4),
+    "GPT, 0 steps": (0, 1, 2, 3, 5, 7, 13),
+    "GPT, 100 steps": (0, 1, 2, 3, 5, 7, 13),
+}
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--only", choices=["mlp", "pool", "gpt"])
+    parser.add_argument("--only", choices=[*TITLES, "tail"])
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
@@ -185,36 +232,12 @@ def main() -> None:
     if args.time:
         show("time over HesScale's", times(args.rounds))
         return
-    if args.only in (None, "mlp"):
-        rows = {
-            f"{hidden} hidden": errors(
-                lambda h=hidden: classifier(h), teacher_data, 300, args.seeds, 32, True, SETTINGS
-            )
-            for hidden in (1, 2, 3, 5)
-        }
-        show("tanh classifier, weights", rows)
-    if args.only in (None, "pool"):
-        rows = {
-            f"pooled, {kind.__name__}": errors(
-                lambda k=kind: pooled(k),
-                lambda k=kind: images(k),
-                150,
-                args.seeds,
-                32,
-                False,
-                SETTINGS,
-            )
-            for kind in (nn.Tanh, nn.ReLU)
-        }
-        show("global average pooling", rows)
-    if args.only in (None, "gpt"):
-        rows = {
-            f"GPT, {steps} steps": errors(
-                lambda: TinyGPT().double(), sentences, steps, args.seeds, 8, False, SETTINGS
-            )
-            for steps in (0, 100)
-        }
-        show("GPT", rows)
+    for kind, (title, names) in TITLES.items():
+        if args.only in (None, kind):
+            show(title, {n: errors(FAMILIES[n], args.seeds, SETTINGS) for n in names})
+    if args.only in (None, "tail"):
+        for name, lengths in TAILS.items():
+            tails(name, FAMILIES[name], lengths, args.seeds, args.rounds)
 
 
 if __name__ == "__main__":
