@@ -201,20 +201,23 @@ def test_random_columns_are_right_on_average(name):
     draws = torch.stack(draws)
     error = draws.std(0) / math.sqrt(len(draws))
     seen = want > 1e-10 * want.max()
-    z = (draws.mean(0) - want)[seen] / error[seen].clamp(min=1e-14)
+    # Where the recursion is exact there is no noise but rounding.
+    z = (draws.mean(0) - want)[seen] / error[seen].clamp(min=1e-13 * want.max())
     assert z.abs().mean() < 1.5 and z.abs().max() < 7
     assert draws.std(0)[seen].max() > 0  # they are random
 
 
 @pytest.mark.parametrize("options", [{"columns": 1}, {"calibrate": True}], ids=str)
 def test_what_the_recursion_has_exactly_has_no_noise(options):
-    net, inputs, y = mlp().to(DOUBLE), x(4, 5), labels(4)
-    hs = transform(net, F.cross_entropy, (inputs, y), **options)
-    a, b = hs(inputs, y).hess_diag, hs(inputs, y).hess_diag
-    want = transform(net, F.cross_entropy, (inputs, y))(inputs, y).hess_diag
-    for name in ("4.weight", "4.bias"):
-        torch.testing.assert_close(a[name], want[name], rtol=1e-12, atol=0)
-    assert not torch.equal(a["2.weight"], b["2.weight"])
+    one_sample, _, _ = MODELS["batch norm"]()
+    for net, last in ((mlp(), "4"), (one_sample, "3")):
+        net, inputs, y = net.to(DOUBLE), x(4, 5), labels(4)
+        hs = transform(net, F.cross_entropy, (inputs, y), **options)
+        a, b = hs(inputs, y).hess_diag, hs(inputs, y).hess_diag
+        want = transform(net, F.cross_entropy, (inputs, y))(inputs, y).hess_diag
+        for name in (f"{last}.weight", f"{last}.bias"):
+            torch.testing.assert_close(a[name], want[name], rtol=1e-12, atol=0)
+        assert not torch.equal(a["0.weight"], b["0.weight"])
 
 
 def test_two_classes_that_compete_have_one_column():

@@ -28,13 +28,14 @@ def squares(u: Tensor | None) -> Tensor | None:
 def pull_columns(at: Evaluation, u: Tensors, place: Place) -> list[Tensor | None]:
     """``J^T u`` for every column; where a tensor without samples is used by samples, for each.
 
-    Inputs of use ``"own"`` and ``"once"`` get None: their squares flow in their place.
+    Inputs of use ``"own"`` and ``"once"`` get None: their squares flow in their place; those of
+    use ``"exact"`` too: s does.
     """
     result: list[Tensor | None] = [None] * len(place.uses)
     inner = [None if rows is not None else v for v, rows in zip(u, place.rows, strict=True)]
     outer = [v if rows is not None else None for v, rows in zip(u, place.rows, strict=True)]
     if any(v is not None for v in inner):
-        result = batched(at, inner, [True] * len(place.uses))
+        result = batched(at, inner, [use != "exact" for use in place.uses])
     if any(v is not None for v in outer):
         for use, pull in (("rows", batched), ("shared", None)):
             wanted = [w == use for w in place.uses]
