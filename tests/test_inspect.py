@@ -359,3 +359,30 @@ def test_every_model_can_be_looked_at(name):
     total = found.total
     assert total.forward + total.gradient + total.curvature == counter.get_total_flops()
     assert found.peak == meter.most
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = self.net(x)
+        return (out[x[:, 0] > 0] @ self.net.weight).square().mean()
+
+
+def test_sizes_that_depend_on_data_count_as_one():
+    hs = hesscale_fx.transform(Masked(), None, (torch.randn(5, 4),))
+    for found in (hs.summary(), hs.summary(torch.randn(6, 4))):
+        assert found.of_data and "depend on data count as 1" in str(found)
+    rows = 6  # the linear layer's rows are known, those that the mask selects are not
+    assert found.total.forward == 2 * 4 * 3 * rows + 2 * 3 * 4 * 1
+    assert not hesscale_fx.transform(*mlp()).summary().of_data
+    graph = inspect.to_networkx(hs)
+    nx.write_graphml(graph, io.BytesIO())
+    assert "<html" in inspect.html(hs) and not hs.diff(hs)
+
+
+def test_without_flops_there_is_no_ratio():
+    hs = hesscale_fx.transform(lambda x: x.square().sum(), wrt="inputs")
+    assert "nan" not in str(hs.summary(torch.randn(3)))
