@@ -386,3 +386,27 @@ def test_sizes_that_depend_on_data_count_as_one():
 def test_without_flops_there_is_no_ratio():
     hs = hesscale_fx.transform(lambda x: x.square().sum(), wrt="inputs")
     assert "nan" not in str(hs.summary(torch.randn(3)))
+
+
+class Penalized(nn.Module):
+    """A loss that differentiates: captured below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.critic(x).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+
+def test_modules_are_known_below_autograd():
+    hs = hesscale_fx.transform(Penalized(), None, (torch.randn(5, 4),))
+    assert hs.report().way == "make_fx"
+    graph = inspect.to_networkx(hs)
+    modules = {d["module"] for _, d in graph.nodes(data=True) if d["role"] == "forward"}
+    assert {"critic.0", "critic.1", "critic.2", ""} >= modules >= {"critic.0", "critic.1"}
+    rows = hs.summary()
+    assert rows["critic.0"].forward >= 2 * 4 * 8 * 5
+    assert 0 < rows["critic"].gradient <= rows.total.gradient
