@@ -333,6 +333,9 @@ def test_the_summary_shows_in_notebooks_and_in_rich(small):
     found = small.summary()
     page = found._repr_html_()
     assert page.count("<tr>") == len(found) + 2 and "Linear" in page
+    rows = [inspect.Row("a", "A"), inspect.Row("a.b", "B")]
+    nested = inspect.Summary(rows, inspect.Row("total", "A"), 0, "", 0, "hesscale")._repr_html_()
+    assert "white-space:pre'>  b</td>" in nested  # the blanks are shown
     console = pytest.importorskip("rich.console")
     out = io.StringIO()
     console.Console(file=out, width=120).print(found)

@@ -27,6 +27,7 @@ HEAD = (
     "exact",
     "memory",
 )
+TEXTS = ("module", "type")  # the columns that are no numbers
 LEGEND = (
     "forward, gradient, curvature: FLOPs of matrix products, convolutions and attention, 2 for "
     "each multiply-add; ratio: curvature to gradient; exact: parameters whose diagonal is; "
@@ -141,13 +142,20 @@ class Summary(Sequence[Row]):
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        head = "".join(f"<th style='text-align:left'>{html.escape(h)}</th>" for h in HEAD)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(r)) + "</tr>"
-            for r in [*self._rows, self.total]
-        )
+        # Notebooks right-align all cells; leading blanks show how modules nest.
+        styles = [
+            f"text-align:{'left' if name in TEXTS else 'right'};white-space:pre" for name in HEAD
+        ]
+
+        def line(tag: str, texts: Sequence[str]) -> str:
+            pairs = zip(styles, texts, strict=True)
+            shown = (f"<{tag} style='{style}'>{html.escape(t)}</{tag}>" for style, t in pairs)
+            return f"<tr>{''.join(shown)}</tr>"
+
+        head = line("th", HEAD)
+        body = "".join(line("td", cells(r)) for r in self._rows) + line("th", cells(self.total))
         foot = html.escape(self._foot())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{foot}</p>"
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table><p>{foot}</p>"
 
     def __rich__(self) -> Any:
         """For `rich.print`."""
@@ -163,8 +171,7 @@ class Summary(Sequence[Row]):
             caption_justify="left",
         )
         for name in HEAD:
-            right = name not in ("module", "type")
-            found.add_column(name, justify="right" if right else "left", no_wrap=True)
+            found.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=True)
         for row in self._rows:
             found.add_row(*map(escape, cells(row)))
         found.add_section()
