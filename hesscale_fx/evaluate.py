@@ -13,6 +13,7 @@ from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.structures import Call, Evaluation, definitions
 from hesscale_fx.structures.base import Tensors
+from hesscale_fx.structures.chain import ChainAt, is_chain
 from hesscale_fx.structures.closed import closed_form_of
 from hesscale_fx.structures.region import RegionAt
 
@@ -25,7 +26,8 @@ def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
         known = native.closed_form(unit, values)
         if known is not None:
             return known
-        return RegionAt(unit.region, values, native.runner(unit, values))
+        rule = ChainAt if is_chain(unit.region) else RegionAt
+        return rule(unit.region, values, native.runner(unit, values))
     call = unit.call
     structure = unit.rule
     assert structure is not None, f"no structure for {call.target}"

@@ -51,6 +51,9 @@ class Region:
     sizes: dict[int, int]  # of the axes whose size is a constant
     # Reductions that cancel: no output changes with them (the maximum in a softmax).
     cancelled: set[fx.Node] = field(default_factory=set)
+    # Its finest parts in topological order, such that no two paths from one tensor meet again
+    # across parts.
+    stages: list[list[fx.Node]] = field(default_factory=list)
 
     name: str = field(default="", init=False)
 
@@ -157,16 +160,17 @@ class Layout:
         )
 
     def sum(self, value: Tensor | None, axes: set[int]) -> Tensor | None:
-        """Sum over those of `axes` along which the value is not constant."""
+        """Sum over those of `axes` along which the value is not constant.
+
+        The value may have one more dimension in front.
+        """
         if value is None:
             return None
+        offset = value.dim() - len(self.position)
         dims = [
-            self.position[a]
+            offset + self.position[a]
             for a in axes
-            if not (
-                isinstance(value.shape[self.position[a]], int)
-                and value.shape[self.position[a]] == 1
-            )
+            if not _same([value.shape[offset + self.position[a]]], [1])
         ]
         return value.sum(sorted(dims), keepdim=True) if dims else value
 
@@ -198,11 +202,12 @@ class RegionAt:
         region: Region,
         values: Callable[[fx.Node], Tensor],
         run: Callable[[dict[fx.Node, Tensor]], list[Tensor]],
+        layout: Layout | None = None,
     ) -> None:
         self.region = region
         self._values = values
         self._run = run
-        self._layout = Layout(region, values)
+        self._layout = layout or Layout(region, values)
         self._members = set(region.nodes)
         self._reductions = [n for n in region.nodes if n.target in table.REDUCTIONS]
         self._known: dict[fx.Node, Any] = {}
@@ -275,9 +280,13 @@ class RegionAt:
 
     def _weights(self, g: Tensors) -> list[tuple[Function, Tensor]]:
         """The functions of Lambda, each with its g or its adjoint."""
+        outputs = self.region.outputs
+        return self._adjoints([self._canonical_of(n, v) for n, v in zip(outputs, g, strict=True)])
+
+    def _adjoints(self, u: Tensors) -> list[tuple[Function, Tensor]]:
+        """The same for values over the region's axes, or stacks of such values."""
         weights: list[tuple[Function, Tensor]] = []
-        for node, value in zip(self.region.outputs, g, strict=True):
-            weight = self._canonical_of(node, value)
+        for node, weight in zip(self.region.outputs, u, strict=True):
             if weight is not None:
                 weights.append((self._linearized(node, True), weight))
         for node in reversed(self._reductions):
