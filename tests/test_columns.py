@@ -207,7 +207,9 @@ def test_random_columns_are_right_on_average(name):
     assert draws.std(0)[seen].max() > 0  # they are random
 
 
-@pytest.mark.parametrize("options", [{"columns": 1}, {"calibrate": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"columns": 1}, pytest.param({"calibrate": True}, marks=pytest.mark.slow)], ids=str
+)
 def test_what_the_recursion_has_exactly_has_no_noise(options):
     one_sample, _, _ = MODELS["batch norm"]()
     for net, last in ((mlp(), "4"), (one_sample, "3")):

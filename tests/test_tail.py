@@ -75,7 +75,7 @@ def test_the_longest_path_counts():
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        pytest.param("pooled convolutions", 3),
+        pytest.param("pooled convolutions", 3, marks=pytest.mark.slow),
         pytest.param("batch norm", 2, marks=pytest.mark.slow),
         pytest.param("weight norm", 2, marks=pytest.mark.slow),
         pytest.param("tied", 3, marks=pytest.mark.slow),
@@ -91,6 +91,7 @@ def test_a_tail_of_the_whole_depth_is_exact_in_every_model(name, depth):
     assert exact_parts(net, inputs, y, depth - 1) < every
 
 
+@pytest.mark.slow
 def test_how_often_a_tensor_is_computed_does_not_matter():
     class Apart(Skip):
         def forward(self, x):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hesscale_fx.methods.base import Flow, Place, sums
-from hesscale_fx.methods.columns import Columns
+from hesscale_fx.methods.base import Flow, Place
+from hesscale_fx.methods.columns import Columns, with_squares
 from hesscale_fx.methods.persample import norms_per_sample, squares, totals_of
 from hesscale_fx.structures import Evaluation
 from hesscale_fx.structures.base import add
@@ -47,19 +47,20 @@ class Calibrated(Columns):
         if role == "mass":
             pairs = zip(place.uses, factors, strict=True) if place.uses else ()
             others = tuple(use if f is None else "factor" for use, f in pairs)
-            own = self.own_squares(at, y, replace(place, uses=others))
-            return sums(at.squared_vjp(y["mass"]), own)
+            rest = replace(place, uses=others)
+            return with_squares(at.squared_vjp, at, y, rest, y["mass"])
         if role == "gauss":
             uses = place.uses or ("rows",) * len(factors)
             flows = zip(at.squared_vjp(y["gauss"]), factors, uses, strict=True)
             return [p if f is None and use != "exact" else None for p, f, use in flows]
-        passed = self.with_gauss(at, y, place, at.squared_vjp(y["hess"]))
+        flow = self.flow(at, y, place)
+        passed = self.with_gauss(flow, y, place, flow(y["hess"]))
         for i, factor in enumerate(factors):  # both parts in one, where they meet their parameter
             if factor is not None:
                 parts = zip(y["gauss"], y["hess"], strict=True)
                 both = [add(None if a is None else factor * a, b) for a, b in parts]
-                passed[i] = at.squared_vjp(both)[i]
-        return sums(passed, at.curvature(y["grad"]))
+                passed[i] = flow(both)[i]
+        return passed
 
     def met(self, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         """The factors of the parameters that a unit meets, where they can be told there."""

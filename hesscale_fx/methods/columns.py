@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from hesscale_fx.methods.base import Flow, Method, Output, Place, sums
 from hesscale_fx.methods.persample import pull_columns, spread_out, squares, squares_per_sample
 from hesscale_fx.structures import Evaluation
-from hesscale_fx.structures.base import add, wide
+from hesscale_fx.structures.base import add, recursion, wide
+
+Passage = Callable[[list[Tensor | None]], list[Tensor | None]]  # s at outputs -> s at inputs
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class Columns(Method):
             return pull_columns(at, y["columns"], place)
         if role == "gauss":
             return self.while_exact(at.squared_vjp(y["gauss"]), place)
-        passed = self.own_squares(at, y, place, y["hess"])
-        passed = self.with_gauss(at, y, place, passed)
+        flow = self.flow(at, y, place)
+        return self.with_gauss(flow, y, place, with_squares(flow, at, y, place, y["hess"]))
+
+    def flow(self, at: Evaluation, y: Flow, place: Place) -> Passage:
+        """What s becomes through a unit."""
         if not self.curved and place.inside:
-            return passed
-        return sums(passed, at.curvature(y["grad"]))
+            return at.squared_vjp
+        return lambda s: recursion(at, s, y["grad"])
 
     def while_exact(self, passed: list[Tensor | None], place: Place) -> list[Tensor | None]:
         """What flows on of "gauss": nothing where the recursion is not exact, or ends."""
@@ -74,29 +79,14 @@ class Columns(Method):
         return [p if exact and use != "exact" else None for p, exact, use in uses]
 
     def with_gauss(
-        self, at: Evaluation, y: Flow, place: Place, passed: list[Tensor | None]
+        self, flow: Passage, y: Flow, place: Place, passed: list[Tensor | None]
     ) -> list[Tensor | None]:
         """What flows of s, where the recursion is exact with the part that columns stand for."""
         if "exact" not in place.uses:
             return passed
-        found = at.squared_vjp(sums(y["gauss"], y["hess"]))
+        found = flow(sums(y["gauss"], y["hess"]))
         uses = zip(place.uses, passed, found, strict=True)
         return [f if use == "exact" else p for use, p, f in uses]
-
-    def own_squares(
-        self, at: Evaluation, y: Flow, place: Place, s: list[Tensor | None] | None = None
-    ) -> list[Tensor | None]:
-        """What flows of squares: those of columns at the parameters they meet here, beside s."""
-        s = [None] * len(y["columns"]) if s is None else s
-        passed = at.squared_vjp(s)
-        if "own" in place.uses:
-            total = sums(s, [squares(u) for u in y["columns"]])
-            found = at.squared_vjp(total)
-            uses = zip(place.uses, passed, found, strict=True)
-            passed = [f if use == "own" else p for use, p, f in uses]
-        if "once" in place.uses and any(u is not None for u in y["columns"]):
-            passed = sums(passed, squares_per_sample(at, y["columns"], place))
-        return passed
 
     def begin(
         self, z: Tensor, values: Mapping[str, Tensor | None], output: Output, given: Any
@@ -140,6 +130,20 @@ class Columns(Method):
 
     def read_out(self, values: Mapping[str, Tensor | None]) -> Tensor | None:
         return add(values.get("hess"), squares(values.get("columns")))
+
+
+def with_squares(
+    flow: Passage, at: Evaluation, y: Flow, place: Place, s: list[Tensor | None]
+) -> list[Tensor | None]:
+    """What flows of s, with the squares of columns at the parameters that they meet here."""
+    passed = flow(s)
+    if "own" in place.uses:
+        found = flow(sums(s, [squares(u) for u in y["columns"]]))
+        uses = zip(place.uses, passed, found, strict=True)
+        passed = [f if use == "own" else p for use, p, f in uses]
+    if "once" in place.uses and any(u is not None for u in y["columns"]):
+        passed = sums(passed, squares_per_sample(at, y["columns"], place))
+    return passed
 
 
 def factor(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hesscale_fx.methods.base import Flow, Place, sums
+from hesscale_fx.methods.base import Flow, Place
 from hesscale_fx.methods.columns import Columns
 from hesscale_fx.structures import Evaluation
+from hesscale_fx.structures.base import recursion
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,5 @@ class LossSplit(Columns):
         if role == "grad":
             return at.vjp(y["grad"])
         if role == "hess":
-            return sums(at.squared_vjp(y["hess"]), at.curvature(y["grad"]))
+            return recursion(at, y["hess"], y["grad"])
         return [None] * len(place.uses)
