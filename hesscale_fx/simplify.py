@@ -193,6 +193,7 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
             continue
         replacement = fold(node, constants) if node in generated else None
         if replacement is None and node in generated:
+            square_before_view(graph, node, seen)
             accumulate(graph, node)
             multiply_and_add(node)
         if replacement is None:
@@ -296,6 +297,27 @@ def accumulate(graph: fx.Graph, node: fx.Node) -> None:
             node.target = FUSED[product.target]
             node.args = (a, *product.args)
             return
+
+
+def square_before_view(graph: fx.Graph, node: fx.Node, seen: dict[Any, fx.Node]) -> None:
+    """The square of a reshaped tensor as the reshaped square, if that is needed too."""
+    view: Any = node.args[0] if node.args else None
+    if node.target is not aten.mul.Tensor or view is not node.args[1]:
+        return
+    if not isinstance(view, fx.Node) or view.target is not aten.reshape.default:
+        return
+    whole: Any = view.args[0]
+    while whole.target is aten.expand.default and same_type(whole, whole.args[0]):
+        whole = whole.args[0]
+    if not any(u.target is aten.mul.Tensor and set(u.args) == {whole} for u in whole.users):
+        return
+    with graph.inserting_before(node):
+        square = graph.call_function(aten.mul.Tensor, (whole, whole))
+    square.meta = {**node.meta, "val": whole.meta["val"]}
+    first = merge(square, seen)
+    if first is not None and first is not square:
+        graph.erase_node(square)
+    node.target, node.args = aten.reshape.default, (first, *view.args[1:])
 
 
 def multiply_and_add(node: fx.Node) -> None:
