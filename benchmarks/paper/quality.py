@@ -70,10 +70,11 @@ class Size:
     mlp_seeds: int
     seeds: int
     training: float = 1.0  # of the steps
+    networks: Sequence[str] = ("tanh MLP", "relu MLP", "tanh CNN", "relu CNN", "ResNet", "GPT")
 
 
 SIZES = {
-    "smoke": Size((1,), 1, 1, 0.01),
+    "smoke": Size((1,), 1, 1, 0.01, ("tanh MLP", "tanh CNN")),
     "default": Size((1, 2, 3), 10, 3),
     "full": Size((1, 2, 3), 20, 20),
 }
@@ -117,7 +118,7 @@ def problems(size: Size, kind: str) -> dict[tuple[str, int], Problem]:
         found["relu CNN", 0] = Problem(partial(cnn, nn.ReLU), digits, 100)
         found["ResNet", 0] = Problem(resnet, digits, 50, batch=16, separate=False)
         found["GPT", 0] = Problem(lambda: TinyGPT().double(), sentences, 100, batch=8)
-    return found
+    return {case: problem for case, problem in found.items() if case[0] in size.networks}
 
 
 def estimators(problem: Problem, net: nn.Module) -> dict[str, Callable[[Tensor, Tensor], Diagonal]]:
@@ -183,7 +184,7 @@ def report(run: Run, rows: list[Row], kind: str) -> None:
             for n, h, s in those
         ]
         lines = [
-            [label, *(shown(c[label], 2) if c[label] else "-" for c in columns)]
+            [label, *(entry(c[label]) for c in columns)]
             for label in LABELS
             if any(c[label] for c in columns)
         ]
@@ -191,6 +192,13 @@ def report(run: Run, rows: list[Row], kind: str) -> None:
             lines.append([f"*{title}*", *(f"*{first(c, among)}*" for c in columns)])
         heads = [f"{n}, {h}" if h else n for n, h, _ in those]
         run.table(f"quality-{kind}-{stage}", ["", *heads], lines)
+
+
+def entry(found: list[float]) -> str:
+    """Mean and spread, of nothing and of rounding as words."""
+    if not found:
+        return "-"
+    return "exact" if max(found) < 1e-9 else shown(found, 2)
 
 
 def first(column: dict[str, list[float]], among: set[str]) -> str:
@@ -206,9 +214,9 @@ STYLES = {
 
 def plot_depth(rows: list[Row], size: Size) -> object:
     """MLPs: error against hidden layers."""
-    figure = canvas(4, height=3.4)
-    panels = figure.subplots(1, 4, sharey=True)
-    cases = [(f"{a} MLP", s) for a in ("tanh", "relu") for s in ("initialisation", "trained")]
+    cases = list(dict.fromkeys((r["network"], r["stage"]) for r in rows))
+    figure = canvas(len(cases), height=3.4)
+    panels = figure.subplots(1, len(cases), sharey=True)
     for axes, (name, stage) in zip(panels, cases, strict=True):
         for label in LABELS:
             runs = [
@@ -228,7 +236,8 @@ def plot_nets(rows: list[Row]) -> object:
     networks = list(dict.fromkeys(r["network"] for r in rows))
     labels = [m for m in LABELS if errors(rows, method=m)]
     figure = canvas(len(networks), width=2.6, height=3.2)
-    for axes, name in zip(figure.subplots(1, len(networks), sharey=True), networks, strict=True):
+    panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, networks, strict=True):
         for stage, marker in (("initialisation", "o"), ("trained", "s")):
             for k, label in enumerate(reversed(labels)):
                 found = errors(rows, network=name, stage=stage, method=label)

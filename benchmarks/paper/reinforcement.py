@@ -130,12 +130,8 @@ class Rollouts:
         observations, actions, before, errors, values, dones, resets = map(
             torch.stack, zip(*kept, strict=True)
         )
-        advantage, found = torch.zeros(ENVS), []
-        for error, done in zip(errors.flip(0), dones.flip(0), strict=True):
-            advantage = error + DISCOUNT * TRACE * torch.where(done, 0.0, advantage)
-            found.append(advantage)
-        advantages = torch.stack(found[::-1])
-        parts = (observations, actions, before, advantages, advantages + values)
+        advantage = advantages(errors, dones)
+        parts = (observations, actions, before, advantage, advantage + values)
         return tuple(part[~resets] for part in parts)
 
     def count(self, reward: numpy.ndarray, done: numpy.ndarray) -> None:
@@ -144,6 +140,18 @@ class Rollouts:
         self.running += reward
         self.ended += [(self.steps, float(r)) for r in self.running[done]]
         self.running[done] = 0
+
+
+def advantages(errors: Tensor, dones: Tensor) -> Tensor:
+    """Generalized advantage estimates: discounted sums of errors up to the end of the episode.
+
+    All of shape (steps, environments).
+    """
+    found, later = [], torch.zeros_like(errors[0])
+    for error, done in zip(errors.flip(0), dones.flip(0), strict=True):
+        later = error + DISCOUNT * TRACE * torch.where(done, 0.0, later)
+        found.append(later)
+    return torch.stack(found[::-1])
 
 
 def train(
