@@ -3,10 +3,10 @@
     python benchmarks/paper/reinforcement.py [--full] [--out DIR]
 
 Proximal policy optimization (Schulman et al. 2017) on CartPole-v1 (at most 500 points an episode)
-with Adam and AdaHesScale, by themselves and under `StepSizeScaling`. Curvature is that of the clipped
-loss below, which is traced as it stands: no derivative is written by hand. A run is scored by the
-mean return of the episodes that end in its last fifth. The settings DELTA and EPS are from single
-runs of a seed that is not among those reported.
+with Adam and AdaHesScale, by themselves and under `StepSizeScaling`. Curvature is that of the
+clipped loss below, which is traced as it stands: no derivative is written by hand. A run is scored
+by the mean return of the episodes that end in its last fifth. The settings DELTA and EPS are from
+single runs of a seed that is not among those reported.
 """
 
 from __future__ import annotations
