@@ -160,6 +160,7 @@ def plot(rows: list[Row]) -> object:
             part = [r for r in rows if r["axis"] == axis and r["method"] == label]
             x = [r["parameters"] if axis == "width" else r["at"] for r in part]
             style = {"color": "black" if label == PLAIN else f"C{k % 10}", "ms": 4, "lw": 1}
+            style["ls"] = "-" if k <= 10 else "--"  # there are ten colors
             y = [r["ms"] for r in part]
             axes.loglog(x, y, label=label, marker="osv^D<>pP*Xhd8.1"[k], **style)
         axes.set(xlabel="parameters, 10 classes" if axis == "width" else "classes, width 256")

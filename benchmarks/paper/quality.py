@@ -207,8 +207,10 @@ def first(column: dict[str, list[float]], among: set[str]) -> str:
     return min(means, key=lambda m: means[m])
 
 
+COLORS = [f"C{k}" for k in range(10)] + ["black", "navy"]
 STYLES = {
-    label: {"color": f"C{k % 10}", "marker": "osv^D<>pP*Xh"[k]} for k, label in enumerate(LABELS)
+    label: {"color": color, "marker": marker}
+    for label, color, marker in zip(LABELS, COLORS, "osv^D<>pP*Xh", strict=True)
 }
 
 
@@ -223,7 +225,8 @@ def plot_depth(rows: list[Row], size: Size) -> object:
                 errors(rows, network=name, hidden=h, stage=stage, method=label) for h in size.hidden
             ]
             means = [max(numpy.mean(r), 1e-3) for r in runs]  # those that are exact lie at the edge
-            axes.semilogy(size.hidden, means, label=label, lw=1, ms=5, **STYLES[label])
+            line = "-" if label.startswith("HesScale") else "--"
+            axes.semilogy(size.hidden, means, line, label=label, lw=1, ms=5, **STYLES[label])
         axes.set(title=f"{name}, {stage}", xlabel="hidden layers", xticks=list(size.hidden))
     panels[0].set(ylabel="relative L1 error", ylim=(0.9e-3, None))
     handles, labels = panels[0].get_legend_handles_labels()
