@@ -10,8 +10,8 @@ TEST   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-adapters models operators bench bench-scaling paper demo docs \
-	lint format hooks clean distclean
+.PHONY: help env test test-all test-adapters test-paper models operators bench bench-scaling paper \
+	demo docs lint format hooks clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,10 @@ test-all: $(READY)  ## run all tests
 test-adapters: $(READY)  ## run the tests against laplace-torch, which this installs with all it needs
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[adapters]'
 	$(TEST) tests/test_adapters.py tests/test_docs.py $(ARGS)
+
+test-paper: $(READY)  ## run the experiments at a tiny size, with what they need installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[paper]'
+	$(TEST) tests/test_paper.py $(ARGS)
 
 bench: $(READY)  ## time steps against the gradient's and other diagonals; ARGS="cnn gpt" selects
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'

@@ -251,7 +251,9 @@ def plot(name: str, rows: list[Row]) -> object:
     for k, label in enumerate(METHODS):
         tested = [r for r in rows if r["method"] == label and r["purpose"] == "test"]
         runs = [[r for r in tested if r["seed"] == s] for s in sorted({r["seed"] for r in tested})]
-        runs = [r for r in runs if len(r) == max(map(len, runs))]  # those that did not diverge
+        runs = [r for r in runs if math.isfinite(r[-1]["loss"])]  # those that did not diverge
+        if not runs:
+            continue
         steps = [r["step"] for r in runs[0]]
         seconds = statistics.median(r[-1]["seconds"] for r in runs) / steps[-1]
         for axes, quantity in zip(panels, ("loss", "accuracy", "loss", "accuracy"), strict=True):

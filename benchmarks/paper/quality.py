@@ -88,7 +88,7 @@ def digits(count: int = 256) -> tuple[Tensor, Tensor]:
 
 
 def cnn(activation: type[nn.Module]) -> nn.Module:
-    """Two convolutions, pooling and a linear layer; 1,898 parameters."""
+    """Two convolutions, pooling and two linear layers; 2,146 parameters."""
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 3, padding=1), activation(), nn.MaxPool2d(2)),
         *(nn.Conv2d(6, 12, 3, padding=1), activation(), nn.MaxPool2d(2)),
