@@ -75,7 +75,7 @@ class Size:
 
 SIZES = {
     "smoke": Size((1,), 1, 1, 0.01, ("tanh MLP", "tanh CNN")),
-    "default": Size((1, 2, 3), 20, 3),
+    "default": Size((1, 2, 3), 20, 5),
     "full": Size((1, 2, 3), 20, 20),
 }
 
