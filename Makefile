@@ -10,8 +10,8 @@ TEST   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-adapters test-paper models operators bench bench-scaling paper \
-	demo docs lint format hooks clean distclean
+.PHONY: help env test test-all test-adapters test-browser test-paper models operators bench \
+	bench-scaling paper demo docs lint format hooks clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,10 @@ test-all: $(READY)  ## run all tests
 test-adapters: $(READY)  ## run the tests against laplace-torch, which this installs with all it needs
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[adapters]'
 	$(TEST) tests/test_adapters.py tests/test_docs.py $(ARGS)
+
+test-browser: $(READY)  ## run the tests of the page in a browser; chromium must be installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
+	$(TEST) tests/test_inspect_views.py $(ARGS)
 
 test-paper: $(READY)  ## run the experiments at a tiny size, with what they need installed
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[paper]'
@@ -65,6 +69,7 @@ operators: $(READY)  ## every operator of PyTorch's database; writes docs/operat
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html; with search: $(PYTHON) -m http.server -d site"
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .
