@@ -193,7 +193,6 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
             continue
         replacement = fold(node, constants) if node in generated else None
         if replacement is None and node in generated:
-            square_before_view(graph, node, seen)
             accumulate(graph, node)
             multiply_and_add(node)
         if replacement is None:
@@ -202,6 +201,8 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+    for node in [n for n in graph.nodes if n in generated]:
+        share_square(node)
     graph.eliminate_dead_code()
 
 
@@ -299,25 +300,21 @@ def accumulate(graph: fx.Graph, node: fx.Node) -> None:
             return
 
 
-def square_before_view(graph: fx.Graph, node: fx.Node, seen: dict[Any, fx.Node]) -> None:
-    """The square of a reshaped tensor as the reshaped square, if that is needed too."""
-    view: Any = node.args[0] if node.args else None
-    if node.target is not aten.mul.Tensor or view is not node.args[1]:
+def share_square(node: fx.Node) -> None:
+    """The square of a reshaped tensor is the reshaped square, where that is needed as well."""
+    view: Any = node.args[0] if node.target is aten.mul.Tensor else None
+    if not isinstance(view, fx.Node) or node.args != (view, view):
         return
-    if not isinstance(view, fx.Node) or view.target is not aten.reshape.default:
-        return
-    whole: Any = view.args[0]
+    whole: Any = view.args[0] if view.target is aten.reshape.default else view
     while whole.target is aten.expand.default and same_type(whole, whole.args[0]):
         whole = whole.args[0]
-    if not any(u.target is aten.mul.Tensor and set(u.args) == {whole} for u in whole.users):
-        return
-    with graph.inserting_before(node):
-        square = graph.call_function(aten.mul.Tensor, (whole, whole))
-    square.meta = {**node.meta, "val": whole.meta["val"]}
-    first = merge(square, seen)
-    if first is not None and first is not square:
-        graph.erase_node(square)
-    node.target, node.args = aten.reshape.default, (first, *view.args[1:])
+    square = next(
+        (u for u in whole.users if u.target is node.target and u.args == (whole, whole)), node
+    )
+    if square is not node and whole is not view:
+        if node < square:
+            node.prepend(square)
+        node.target, node.args = view.target, (square, *view.args[1:])
 
 
 def multiply_and_add(node: fx.Node) -> None:
