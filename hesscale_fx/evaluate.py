@@ -14,7 +14,7 @@ from hesscale_fx.analysis.units import Unit
 from hesscale_fx.structures import Call, Evaluation, definitions
 from hesscale_fx.structures.base import Tensors
 from hesscale_fx.structures.chain import ChainAt, is_chain
-from hesscale_fx.structures.closed import closed_form_of
+from hesscale_fx.structures.closed import Named, closed_form_of
 from hesscale_fx.structures.region import RegionAt
 
 Values = Callable[[fx.Node], Any]
@@ -23,6 +23,9 @@ Values = Callable[[fx.Node], Any]
 def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
     """The unit's three questions where the entering nodes have `values`."""
     if unit.region is not None:
+        if unit.region.named is not None:
+            op, options = unit.region.named
+            return Named(Call.of(op, (values(unit.region.inputs[0]),), options, [0]))
         known = native.closed_form(unit, values)
         if known is not None:
             return known

@@ -201,6 +201,8 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+    for node in [n for n in graph.nodes if n in generated]:
+        share_square(node)
     graph.eliminate_dead_code()
 
 
@@ -296,6 +298,23 @@ def accumulate(graph: fx.Graph, node: fx.Node) -> None:
             node.target = FUSED[product.target]
             node.args = (a, *product.args)
             return
+
+
+def share_square(node: fx.Node) -> None:
+    """The square of a reshaped tensor is the reshaped square, where that is needed as well."""
+    view: Any = node.args[0] if node.target is aten.mul.Tensor else None
+    if not isinstance(view, fx.Node) or node.args != (view, view):
+        return
+    whole: Any = view.args[0] if view.target is aten.reshape.default else view
+    while whole.target is aten.expand.default and same_type(whole, whole.args[0]):
+        whole = whole.args[0]
+    square = next(
+        (u for u in whole.users if u.target is node.target and u.args == (whole, whole)), node
+    )
+    if square is not node and whole is not view:
+        if node < square:
+            node.prepend(square)
+        node.target, node.args = view.target, (square, *view.args[1:])
 
 
 def multiply_and_add(node: fx.Node) -> None:

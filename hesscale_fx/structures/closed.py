@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, add, mul, widen
 from hesscale_fx.structures.persample import split
+from hesscale_fx.structures.region import derivative
 
 aten = torch.ops.aten
 
@@ -84,6 +85,20 @@ class ClosedForm:
         if g is None or 0 not in self.call.active:
             return None
         return self.call.vjp([g], widen)[self.call.active.index(0)]
+
+
+class Named(ClosedForm):
+    """A pointwise operator of one tensor, by autograd's formulas for it."""
+
+    def prepare(self, x: Tensor, **options: Any) -> None:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            self.first = derivative(self.call.op(x, **options), x)
+            self.second = derivative(self.first, x)
+
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
+        assert self.first is not None
+        return {0: add(mul(self.first * self.first, s), mul(self.second, g))}
 
 
 @closed_form(aten.softmax.int, aten._softmax.default)

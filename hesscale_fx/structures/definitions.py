@@ -88,7 +88,8 @@ def softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
 def log_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     x = cast(x, dtype if isinstance(dtype, torch.dtype) else None)
     z = x - x.detach().amax(dims_of(x, dim), keepdim=True)
-    return z - total(z.exp(), dims_of(x, dim)).log()
+    # Contiguous as the kernel's, which nll_loss2d_backward relies on.
+    return (z - total(z.exp(), dims_of(x, dim)).log()).contiguous()
 
 
 @defines(aten.logsumexp.default)

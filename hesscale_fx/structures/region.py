@@ -54,6 +54,8 @@ class Region:
     # Its finest parts in topological order, such that no two paths from one tensor meet again
     # across parts.
     stages: list[list[fx.Node]] = field(default_factory=list)
+    # The operator, with options, that it is a spelling of.
+    named: tuple[Any, dict[str, Any]] | None = None
 
     name: str = field(default="", init=False)
 
@@ -356,6 +358,10 @@ class RegionAt:
                 slopes.append((node, slope))
         return slopes
 
+    def value(self, node: fx.Node) -> Tensor:
+        """The value of a node in or entering the region, over the region's axes."""
+        return self._value(node)
+
     # --- pieces -------------------------------------------------------------------------------
 
     def _absent(self, node: fx.Node) -> set[int]:
@@ -470,13 +476,13 @@ class RegionAt:
 
     def _first(self, f: Function, u: fx.Node) -> Tensor | None:
         if u not in f.first:
-            f.first[u] = _derivative(f.value, f.variables.get(u))
+            f.first[u] = derivative(f.value, f.variables.get(u))
         return f.first[u]
 
     def _second(self, f: Function, u: fx.Node, v: fx.Node) -> Tensor | None:
         if (u, v) not in f.second:
             first = self._first(f, u)
-            f.second[u, v] = f.second[v, u] = _derivative(first, f.variables.get(v))
+            f.second[u, v] = f.second[v, u] = derivative(first, f.variables.get(v))
         return f.second[u, v]
 
 
@@ -488,7 +494,7 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-def _derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
+def derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
     """dy/dx where each element of y depends on one element of x."""
     if y is None or x is None or not y.requires_grad:
         return None
