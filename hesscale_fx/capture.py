@@ -30,8 +30,9 @@ from torch._guards import detect_fake_mode
 from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
 from hesscale_fx.checkpoints import seen_through
-from hesscale_fx.decisions import MESSAGE, Decision, Reads, check_asserted
+from hesscale_fx.decisions import Decision, Reads, check_asserted
 from hesscale_fx.errors import (
+    MESSAGE,
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
@@ -44,7 +45,7 @@ from hesscale_fx.inlining import write_in
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
 from hesscale_fx.structures import definitions
-from hesscale_fx.structures.ctc import captured_whole
+from hesscale_fx.structures.whole import captured_whole
 
 aten = torch.ops.aten
 HERE = os.path.dirname(__file__)
