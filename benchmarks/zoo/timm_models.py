@@ -88,7 +88,7 @@ small("ResMLP", lambda m: m.MlpMixer(**MIXER, mlp_ratio=4, block_layer=m.mlp_mix
       norm_layer=m.mlp_mixer.Affine), 16)  # fmt: skip
 small("PoolFormer", lambda m: m.MetaFormer(depths=(1, 1), dims=(4, 8), num_classes=3,
       token_mixers=m.metaformer.Pooling), 32)  # fmt: skip
-small("VGG", lambda m: m.VGG([8, "M", 16, "M"], num_classes=3, num_features=8,
+small("VGG", lambda m: m.VGG([8, "M", 16, "M"], num_classes=3, mlp_ratio=0.005,
       norm_layer=nn.BatchNorm2d), 32)  # fmt: skip
 small("FocalNet", lambda m: m.FocalNet(num_classes=3, embed_dim=8, depths=(1, 1),
       focal_levels=(2, 2), focal_windows=(3, 3)), 32)  # fmt: skip
