@@ -323,7 +323,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     kept = Kept("models", version(Path(__file__)))
     for name in selected(options.only):
-        if options.again or name not in kept:
+        if options.again or name not in kept or kept[name]["failure"]:
             kept[name] = asdict(measure(name, options.samples, options.seconds))
         row = Row(**kept[name])
         print(" | ".join(row.cells()), row.failure, flush=True)
