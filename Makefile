@@ -10,8 +10,8 @@ TEST   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-adapters models operators bench bench-scaling demo docs lint \
-	format hooks clean distclean
+.PHONY: help env test test-all test-adapters test-browser test-paper models operators bench \
+	bench-scaling paper demo docs lint format hooks clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,14 @@ test-adapters: $(READY)  ## run the tests against laplace-torch, which this inst
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[adapters]'
 	$(TEST) tests/test_adapters.py tests/test_docs.py $(ARGS)
 
+test-browser: $(READY)  ## run the tests of the page in a browser; chromium must be installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
+	$(TEST) tests/test_inspect_views.py $(ARGS)
+
+test-paper: $(READY)  ## run the experiments at a tiny size, with what they need installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[paper]'
+	$(TEST) tests/test_paper.py $(ARGS)
+
 bench: $(READY)  ## time steps against the gradient's and other diagonals; ARGS="cnn gpt" selects
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/step.py --others $(ARGS)
@@ -43,6 +51,10 @@ bench: $(READY)  ## time steps against the gradient's and other diagonals; ARGS=
 bench-scaling: $(READY)  ## the ratio over model and batch sizes; ARGS="--plot ratio.svg" draws it
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/scaling.py $(ARGS)
+
+paper: $(READY)  ## the paper's experiments into build/paper; ARGS="quality --full" selects
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[paper]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper $(ARGS)
 
 demo: $(READY)  ## train on handwritten digits with Hessian diagonals; ARGS="--epochs 3 --seed 1"
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -57,6 +69,7 @@ operators: $(READY)  ## every operator of PyTorch's database; writes docs/operat
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html; with search: $(PYTHON) -m http.server -d site"
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

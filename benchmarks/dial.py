@@ -34,12 +34,12 @@ SETTINGS: dict[str, dict] = {
 }
 
 
-def classifier(hidden: int) -> nn.Module:
+def classifier(hidden: int, activation: type[nn.Module] = nn.Tanh) -> nn.Module:
     """10-16-..-16-5 with so many hidden layers."""
     sizes = [10] + [16] * hidden + [5]
     layers: list[nn.Module] = []
     for a, b in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(a, b), nn.Tanh()]
+        layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1]).double()
 
 

@@ -1,8 +1,8 @@
 """Train a small convolutional network on handwritten digits, stepping by its Hessian diagonal.
 
-`make demo` runs it. The curvature comes from `hesscale_fx.transform`, the optimizer is the class
-below, the digits are those that ship with scikit-learn. After training the diagonal is compared
-with the exact one, and a step is timed against a plain gradient step.
+`make demo` runs it. The curvature comes from `hesscale_fx.transform`, the optimizer is AdaHesScale,
+the digits are those that ship with scikit-learn. After training the diagonal is compared with the
+exact one, and a step is timed against a plain gradient step.
 """
 
 import argparse
@@ -22,29 +22,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import hesscale_fx
+from hesscale_fx.optim import AdaHesScale
 
 GRAPH_FILE = Path(__file__).resolve().parent.parent / "build" / "digits_graph.py"
-
-
-class AdaHesScale:
-    """Adam, but divided by the running size of the Hessian diagonal instead of the gradient's."""
-
-    def __init__(self, model: nn.Module, lr: float, betas=(0.9, 0.99), eps: float = 1e-8):
-        self.params = dict(model.named_parameters())
-        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
-        self.mean = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.square = {name: torch.zeros_like(p) for name, p in self.params.items()}
-
-    @torch.no_grad()
-    def step(self, grads: dict[str, Tensor], hess_diag: dict[str, Tensor]) -> None:
-        """Update every parameter in place."""
-        self.steps += 1
-        for name, p in self.params.items():
-            mean = self.mean[name].lerp_(grads[name], 1 - self.betas[0])
-            square = self.square[name].lerp_(hess_diag[name].square(), 1 - self.betas[1])
-            mean = mean / (1 - self.betas[0] ** self.steps)
-            square = square / (1 - self.betas[1] ** self.steps)
-            p -= self.lr * mean / (square.sqrt() + self.eps)
 
 
 def digits(seed: int) -> list[Tensor]:
@@ -72,7 +52,7 @@ def network() -> nn.Sequential:
 
 def train(net: nn.Module, hs: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
     """Train in place on batches of 64; the last one of an epoch is smaller."""
-    optimizer = AdaHesScale(net, lr=0.01)
+    optimizer = AdaHesScale(net.named_parameters(), lr=0.01, betas=(0.9, 0.99))
     columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4f}"))
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=epochs, loss=float("nan"))
@@ -80,7 +60,7 @@ def train(net: nn.Module, hs: nn.Module, x: Tensor, y: Tensor, epochs: int) -> N
             total = 0.0
             for batch in torch.randperm(len(x)).split(64):
                 loss, grads, hess_diag = hs(x[batch], y[batch])
-                optimizer.step(grads, hess_diag)
+                optimizer.step(grads=grads, hess_diag=hess_diag)
                 total += loss.item() * len(batch)
             progress.update(task, advance=1, loss=total / len(x))
 

@@ -150,12 +150,45 @@ def trace(
             return out
 
     tracer = make_fx(run, record_stack_traces=True, _error_on_data_dependent_ops=False)
-    with whole_kernels(), torch.random.fork_rng(), steering:
+    with whole_kernels(), torch.random.fork_rng(), steering, module_paths(step):
         recorded = tracer(*flat)
     refuse_arrays(recorded.graph)
     clean(recorded)
     guards = [env.simplify(g.expr) for g in env.guards] if env is not None else []
     return Path(Replay(step, recorded, names), guards, sizes)
+
+
+@contextmanager
+def module_paths(step: nn.Module) -> Iterator[None]:
+    """Have the recorded nodes say which modules they ran in, in the words of torch.export."""
+    names = {id(module): name for name, module in step.named_modules()}
+    running: list[dict[str, tuple[str, str]]] = [{}]
+
+    def say() -> None:
+        fx.traceback.current_meta["nn_module_stack"] = running[-1]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        name, kind = names.get(id(module)), type(module)
+        own = {}
+        if name is not None:
+            own = {name: (name, f"{kind.__module__}.{kind.__qualname__}")}
+        running.append({**running[-1], **own})
+        say()
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        running.pop()
+        say()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        with fx.traceback.preserve_node_meta():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def differentiable(x: Tensor) -> Tensor:

@@ -10,15 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import click
+import networkx as nx
 import torch
 
 from hesscale_fx import inspect as views
-from hesscale_fx.api import transform
-from hesscale_fx.errors import HesScaleError, InvalidArgumentError
+from hesscale_fx.api import FALLBACKS, transform
+from hesscale_fx.errors import (
+    HesScaleError,
+    InvalidArgumentError,
+    InvalidModelError,
+    UnknownNameError,
+)
+from hesscale_fx.inspect.drawing import FORMATS
 from hesscale_fx.methods import METHODS
 from hesscale_fx.module import HesScaleModule
 from hesscale_fx.timing import compare
 from hesscale_fx.workload import Workload, build
+
+
+def write_json(graph: nx.MultiDiGraph, path: Path) -> None:
+    """In the node-link form of networkx."""
+    path.write_text(json.dumps(nx.node_link_data(graph, edges="edges")), encoding="utf-8")
+
+
+WRITERS = {".graphml": nx.write_graphml, ".gexf": nx.write_gexf, ".json": write_json}
 
 OK, FAILED, USAGE, UNSUPPORTED, MODEL = 0, 1, 2, 3, 4
 
@@ -62,7 +77,7 @@ class Quiet(click.Group):
         except Exception as error:
             if ctx.params.get("traceback"):
                 raise
-            if isinstance(error, InvalidArgumentError):
+            if isinstance(error, (InvalidArgumentError, UnknownNameError)):
                 raise click.UsageError(str(error)) from error
             ours = isinstance(error, HesScaleError)
             what = str(error) if ours else f"{type(error).__name__}: {error}"
@@ -93,12 +108,29 @@ def workload(command: Callable) -> Callable:
         method: str,
         wrt: tuple[str, ...],
         train: bool,
+        columns: int | str | None,
+        calibrate: int | None,
+        fallback: str | None,
         seed: int,
         **options: Any,
     ) -> None:
         torch.manual_seed(seed)
         work = build(model, inputs, targets, loss, train)
-        hs = transform(work.model, work.loss, work.args, method=method, wrt=list(wrt) or None)
+        try:
+            hs = transform(
+                work.model,
+                work.loss,
+                work.args,
+                method=method,
+                wrt=list(wrt) or None,
+                columns=columns,
+                calibrate=calibrate,
+                fallback=fallback,
+            )
+        except InvalidModelError as error:
+            if work.loss is not None:
+                raise
+            raise InvalidModelError(f"{error} {NO_LOSS}") from error
         command(hs, work, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -106,6 +138,41 @@ def workload(command: Callable) -> Callable:
     for decorate in reversed(SHARED):
         decorate(run)
     return run
+
+
+NO_LOSS = "On the command line: --loss CrossEntropyLoss, or a factory that returns (model, loss)."
+
+
+class Columns(click.ParamType):
+    """A number or the word exact."""
+
+    name = "columns"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """From text."""
+        if value == "exact":
+            return value
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither a number nor exact.", param, ctx)
+        return int(value)
+
+
+class Output(click.Path):
+    """A file to write, refused before anything is computed if it cannot be."""
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """From text."""
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)
+        if path.suffix.lower() not in self.suffixes:
+            self.fail(f"{path}: end it in {' or '.join(self.suffixes)}.", param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"{path}: there is no folder {path.absolute().parent}.", param, ctx)
+        return path
 
 
 SHARED = [
@@ -128,25 +195,38 @@ SHARED = [
     click.option("--loss", help="A loss of torch.nn, e.g. CrossEntropyLoss, or module:function."),
     click.option("--method", type=click.Choice(list(METHODS)), default="hesscale"),
     click.option("--wrt", multiple=True, help="Parameters by name, prefix or pattern; 'inputs'."),
+    click.option(
+        "--columns",
+        type=Columns(),
+        metavar="N|exact",
+        help="Columns of the loss's Hessian that are pulled back exactly.",
+    ),
+    click.option(
+        "--calibrate",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Give each parameter's diagonal the Gauss-Newton trace, anew every N calls.",
+    ),
+    click.option(
+        "--fallback",
+        type=click.Choice(list(FALLBACKS)),
+        help="What serves an operator without a structure.",
+    ),
     click.option("--train/--eval", "train", default=True, help="The model's mode."),
     click.option("--seed", default=0, help="Of the random values."),
 ]
 
 
-@cli.command()
-@click.option("--depth", type=int, help="How many levels of modules to show.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
-@click.option("--values", is_flag=True, help="Run once and show the diagonals on the page.")
+@cli.command(short_help="What each module costs; also as a page or a drawing.")
+@click.option("--depth", type=click.IntRange(1), help="How many levels of modules to show.")
+@click.option("--html", type=Output(".html", ".htm"), help="Write a page for the browser.")
+@click.option("--values", is_flag=True, help="Run once; the page shows the diagonals (--html).")
 @click.option(
     "--draw",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=Output(*(f".{s}" for s in (*FORMATS, "dot", "gv"))),
     help="Write a drawing: .svg, .pdf, .png (they need graphviz) or .dot.",
 )
-@click.option(
-    "--graph",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the graph: .graphml, .gexf or .json.",
-)
+@click.option("--graph", type=Output(*WRITERS), help="Write the graph: .graphml, .gexf or .json.")
 @workload
 def inspect(
     hs: HesScaleModule,
@@ -158,6 +238,8 @@ def inspect(
     graph: Path | None,
 ) -> None:
     """What each module costs and how exact it is; also as a page, a drawing, a graph."""
+    if values and html is None:
+        raise InvalidArgumentError("--values are shown on the page: say where with --html.")
     show(hs.summary(depth=depth))
     if graph is not None:
         write_graph(hs, graph)
@@ -170,15 +252,17 @@ def inspect(
         click.echo(f"wrote {html}")
 
 
-@cli.command()
+@cli.command(short_help="Which diagonals are exact.")
 @workload
 def report(hs: HesScaleModule, work: Workload) -> None:
     """Which diagonals are exact, and where the others lost their off-diagonal part."""
     show(hs.report())
 
 
-@cli.command()
-@click.option("--samples", default=64, help="Coordinates of each parameter.")
+@cli.command(short_help="How far off the others are, on random inputs.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=64, help="Coordinates of each parameter."
+)
 @click.option("--max-error", type=float, help="Exit with 1 if the overall L1 error is larger.")
 @workload
 def verify(hs: HesScaleModule, work: Workload, samples: int, max_error: float | None) -> None:
@@ -190,9 +274,14 @@ def verify(hs: HesScaleModule, work: Workload, samples: int, max_error: float | 
         raise click.exceptions.Exit(FAILED)
 
 
-@cli.command()
+@cli.command(short_help="The time of a call against a plain gradient's.")
 @click.option("--compile", "compiled", is_flag=True, help="Time the same under torch.compile too.")
-@click.option("--seconds", default=1.0, help="How long to time each.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    help="How long to time each.",
+)
 @click.option("--max-ratio", type=float, help="Exit with 1 if it costs more plain gradient steps.")
 @workload
 def bench(
@@ -208,17 +297,7 @@ def bench(
 
 def write_graph(hs: HesScaleModule, path: Path) -> None:
     """The graph in one of the formats of networkx."""
-    import networkx as nx
-
-    graph = views.to_networkx(hs)
-    if path.suffix == ".graphml":
-        nx.write_graphml(graph, path)
-    elif path.suffix == ".gexf":
-        nx.write_gexf(graph, path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(nx.node_link_data(graph, edges="edges")))
-    else:
-        raise InvalidArgumentError(f"--graph {path}: end it in .graphml, .gexf or .json.")
+    WRITERS[path.suffix.lower()](views.to_networkx(hs), path)
 
 
 def show(found: Any) -> None:

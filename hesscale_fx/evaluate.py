@@ -13,7 +13,8 @@ from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.structures import Call, Evaluation, definitions
 from hesscale_fx.structures.base import Tensors
-from hesscale_fx.structures.closed import closed_form_of
+from hesscale_fx.structures.chain import ChainAt, is_chain
+from hesscale_fx.structures.closed import Named, closed_form_of
 from hesscale_fx.structures.region import RegionAt
 
 Values = Callable[[fx.Node], Any]
@@ -22,10 +23,14 @@ Values = Callable[[fx.Node], Any]
 def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
     """The unit's three questions where the entering nodes have `values`."""
     if unit.region is not None:
+        if unit.region.named is not None:
+            op, options = unit.region.named
+            return Named(Call.of(op, (values(unit.region.inputs[0]),), options, [0]))
         known = native.closed_form(unit, values)
         if known is not None:
             return known
-        return RegionAt(unit.region, values, native.runner(unit, values))
+        rule = ChainAt if is_chain(unit.region) else RegionAt
+        return rule(unit.region, values, native.runner(unit, values))
     call = unit.call
     structure = unit.rule
     assert structure is not None, f"no structure for {call.target}"

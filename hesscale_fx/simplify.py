@@ -194,12 +194,15 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
         replacement = fold(node, constants) if node in generated else None
         if replacement is None and node in generated:
             accumulate(graph, node)
+            multiply_and_add(node)
         if replacement is None:
             keeps = written.isdisjoint([node, *node.all_input_nodes])
             replacement = merge(node, seen) if keeps and can_merge(node) else None
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+    for node in [n for n in graph.nodes if n in generated]:
+        share_square(node)
     graph.eliminate_dead_code()
 
 
@@ -295,6 +298,57 @@ def accumulate(graph: fx.Graph, node: fx.Node) -> None:
             node.target = FUSED[product.target]
             node.args = (a, *product.args)
             return
+
+
+def share_square(node: fx.Node) -> None:
+    """The square of a reshaped tensor is the reshaped square, where that is needed as well."""
+    view: Any = node.args[0] if node.target is aten.mul.Tensor else None
+    if not isinstance(view, fx.Node) or node.args != (view, view):
+        return
+    whole: Any = view.args[0] if view.target is aten.reshape.default else view
+    while whole.target is aten.expand.default and same_type(whole, whole.args[0]):
+        whole = whole.args[0]
+    square = next(
+        (u for u in whole.users if u.target is node.target and u.args == (whole, whole)), node
+    )
+    if square is not node and whole is not view:
+        if node < square:
+            node.prepend(square)
+        node.target, node.args = view.target, (square, *view.args[1:])
+
+
+def multiply_and_add(node: fx.Node) -> None:
+    """``a + b * c`` likewise, for curvature; gradients are left as autograd rounds them."""
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or len(node.args) != 2:
+        return
+    if node.meta.get("hesscale_role", "grad") == "grad":
+        return
+    alpha: Any = node.kwargs.get("alpha", 1)
+    sign = 1 if node.target is aten.add.Tensor else -1
+    a, product = node.args
+    if sign == alpha == 1 and not is_single_product(product, node):
+        a, product = product, a
+    if not isinstance(alpha, (int, float)) or not is_single_product(product, node):
+        return
+    operands: list[Any] = [a, *product.args]  # type: ignore[union-attr]
+    # With two small operands the kernel falls back to a loop over single elements.
+    if (
+        all(is_tensor(v) if isinstance(v, fx.Node) else False for v in operands)
+        and sum(not same_type(v, node) for v in operands) <= 1
+        and len({v.meta["val"].dtype for v in operands}) == 1
+    ):
+        node.target = aten.addcmul.default
+        node.args = tuple(operands)
+        node.kwargs = {} if sign * alpha == 1 else {"value": sign * alpha}
+
+
+def is_single_product(product: Any, node: fx.Node) -> bool:
+    return (
+        isinstance(product, fx.Node)
+        and product.target is aten.mul.Tensor
+        and len(product.users) == 1
+        and same_type(product, node)
+    )
 
 
 def same_strides(a: fx.Node, b: fx.Node) -> bool:

@@ -105,6 +105,8 @@ def tensor_of(text: str) -> Tensor:
         raise InvalidArgumentError(
             f"{text!r} is no shape: write 8,3,32,32 or 8,16:int64:1000 (values below 1000)."
         ) from None
+    if any(size < 0 for size in shape):
+        raise InvalidArgumentError(f"{text!r} has a negative size.")
     dtype = getattr(torch, dtype_text or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise InvalidArgumentError(f"torch has no dtype {dtype_text!r}.")

@@ -40,6 +40,14 @@ class Branches(nn.Module):
         y = self.w * x
         return torch.cond(y.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (y,)).sum()
 
+class inverse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return torch.linalg.inv(x @ x.T + 9 * self.w * torch.eye(70)).sum()
+
 def broken():
     raise OSError("no such weights")
 
@@ -63,6 +71,7 @@ def test_help_teaches():
     assert result.exit_code == OK
     for word in ("inspect", "report", "verify", "bench", "--input", "Exit codes", "factory"):
         assert word in result.output
+    assert "..." not in result.output.split("Commands:")[1]  # nothing is cut short
     for command in ("inspect", "report", "verify", "bench"):
         assert "--target" in run(command, "--help").output
 
@@ -102,6 +111,11 @@ def test_report_verify_and_bench(net):
 def test_options_reach_transform(net):
     result = run("report", f"{net}:make", *CLASSIFY, "--method", "hesscale_gn", "--wrt", "2")
     assert "Gauss-Newton: 2 of 2" in result.output
+    result = run("report", f"{net}:make", *CLASSIFY, "--columns", "1")
+    assert "0 of 4 diagonals are exact" in result.output  # by random signs
+    inverse = ("report", f"{net}:inverse", "--input", "70,8")
+    assert run(*inverse).exit_code == UNSUPPORTED
+    assert run(*inverse, "--fallback", "estimate").exit_code == OK
     result = run("report", f"{net}:make", "--loss", f"{net}:halved", *("--input", "5,4"),
                  *("--target", "5,3"))  # fmt: skip
     assert result.exit_code == OK
@@ -119,6 +133,12 @@ def test_options_reach_transform(net):
         (("make", "--input", "5,4", "--loss", "Foo"), USAGE, "no loss 'Foo'"),
         (("make", "--input", "5,4", "--loss", "CTCLoss"), USAGE, "--target"),
         (("make", "--method", "other"), USAGE, "hesscale_gn"),
+        (("make", "--input", "-5,4"), USAGE, "negative size"),
+        (("make", *CLASSIFY, "--wrt", "other"), USAGE, "no parameter"),
+        (("make", *CLASSIFY, "--columns", "some"), USAGE, "neither a number nor exact"),
+        (("make", *CLASSIFY, "--calibrate", "0"), USAGE, "range"),
+        (("make", *CLASSIFY, "--fallback", "other"), USAGE, "estimate"),
+        (("make", "--input", "5,4"), UNSUPPORTED, "--loss CrossEntropyLoss"),
         (("Branches", "--input", "2,8"), UNSUPPORTED, "cond"),
         (("broken", "--input", "2,8"), MODEL, "OSError: no such weights"),
     ],
@@ -129,6 +149,27 @@ def test_errors_have_codes_and_no_traceback(net, arguments, code, message):
     result = run("report", f"{net}:{name}", *rest)
     assert result.exit_code == code, result.output
     assert message in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("inspect", "--draw", "net.jpeg"), ".svg"),
+        (("inspect", "--graph", "net.txt"), ".graphml"),
+        (("inspect", "--html", "net.txt"), ".html"),
+        (("inspect", "--html", "no/such/net.html"), "no folder"),
+        (("inspect", "--values"), "--html"),
+        (("inspect", "--depth", "0"), "range"),
+        (("verify", "--samples", "0"), "range"),
+        (("bench", "--seconds", "0"), "range"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_wrong_options_are_found_before_anything_is_shown(net, arguments, message):
+    command, *rest = arguments
+    result = run(command, f"{net}:make", *CLASSIFY, *rest)
+    assert result.exit_code == USAGE and message in result.output, result.output
+    assert "at peak" not in result.output
 
 
 def test_the_traceback_is_shown_when_asked(net):

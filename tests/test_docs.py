@@ -45,7 +45,7 @@ def test_what_users_extend_with_has_examples() -> None:
 
 
 FENCED = re.compile(
-    r"^(?P<needs><!-- needs: \w+ -->\n)?```python\n(?P<source>.*?)^```$"
+    r"^(?P<needs><!-- needs: \w+ -->\n)?(?P<slow><!-- slow -->\n)?```python\n(?P<source>.*?)^```$"
     r"(?:\s*^```text\n(?P<output>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
@@ -60,6 +60,7 @@ class Block:
     source: str
     output: str | None
     needs: str | None  # a package without which it is not run
+    slow: bool = False  # left out of the default tests
 
     def run(self, scope: dict[str, Any]) -> str:
         # Tracebacks and reports name the line on the page.
@@ -78,6 +79,7 @@ def blocks_of(page: Path) -> list[Block]:
             found["source"],
             found["output"],
             found["needs"] and found["needs"].split()[2],
+            bool(found["slow"]),
         )
         for found in FENCED.finditer(text)
     ]
@@ -92,9 +94,16 @@ torchscript = pytest.mark.filterwarnings(
 
 
 @torchscript
-@pytest.mark.parametrize("block", BLOCKS[README], ids=lambda b: f"line {b.line}")
-def test_blocks_of_the_readme(block: Block) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b, id=f"line {b.line}", marks=[pytest.mark.slow] * b.slow)
+        for b in BLOCKS[README]
+    ],
+)
+def test_blocks_of_the_readme(block: Block, monkeypatch, tmp_path) -> None:
     """Each stands alone."""
+    monkeypatch.chdir(tmp_path)
     block.run({"__name__": "readme"})
 
 
@@ -118,9 +127,18 @@ def test_blocks_of_a_page(page: Path, monkeypatch, tmp_path) -> None:
             assert same, f"{page.name}, line {block.line}, prints\n{printed}"
 
 
+def unfenced(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def test_every_fence_of_python_is_found() -> None:
     for page, blocks in BLOCKS.items():
-        assert page.read_text(encoding="utf-8").count("```python") == len(blocks), page
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```python") == len(blocks), page
+        # An indented block would be shown, and not be run.
+        indented = r"\n\n    (?:import |from \w+ import |(?:\w+ = )?(?:torch|nn|hesscale_fx)\.)"
+        assert not re.search(indented, unfenced(text)), page
+        assert page == README or not any(b.slow for b in blocks), page
     assert len(BLOCKS[README]) >= 3
 
 

@@ -333,6 +333,9 @@ def test_the_summary_shows_in_notebooks_and_in_rich(small):
     found = small.summary()
     page = found._repr_html_()
     assert page.count("<tr>") == len(found) + 2 and "Linear" in page
+    rows = [inspect.Row("a", "A"), inspect.Row("a.b", "B")]
+    nested = inspect.Summary(rows, inspect.Row("total", "A"), 0, "", 0, "hesscale")._repr_html_()
+    assert "white-space:pre'>  b</td>" in nested  # the blanks are shown
     console = pytest.importorskip("rich.console")
     out = io.StringIO()
     console.Console(file=out, width=120).print(found)
@@ -359,3 +362,54 @@ def test_every_model_can_be_looked_at(name):
     total = found.total
     assert total.forward + total.gradient + total.curvature == counter.get_total_flops()
     assert found.peak == meter.most
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = self.net(x)
+        return (out[x[:, 0] > 0] @ self.net.weight).square().mean()
+
+
+def test_sizes_that_depend_on_data_count_as_one():
+    hs = hesscale_fx.transform(Masked(), None, (torch.randn(5, 4),))
+    for found in (hs.summary(), hs.summary(torch.randn(6, 4))):
+        assert found.of_data and "depend on data count as 1" in str(found)
+    rows = 6  # the linear layer's rows are known, those that the mask selects are not
+    assert found.total.forward == 2 * 4 * 3 * rows + 2 * 3 * 4 * 1
+    assert not hesscale_fx.transform(*mlp()).summary().of_data
+    graph = inspect.to_networkx(hs)
+    nx.write_graphml(graph, io.BytesIO())
+    assert "<html" in inspect.html(hs) and not hs.diff(hs)
+
+
+def test_without_flops_there_is_no_ratio():
+    hs = hesscale_fx.transform(lambda x: x.square().sum(), wrt="inputs")
+    assert "nan" not in str(hs.summary(torch.randn(3)))
+
+
+class Penalized(nn.Module):
+    """A loss that differentiates: captured below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.critic(x).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+
+def test_modules_are_known_below_autograd():
+    hs = hesscale_fx.transform(Penalized(), None, (torch.randn(5, 4),))
+    assert hs.report().way == "make_fx"
+    graph = inspect.to_networkx(hs)
+    modules = {d["module"] for _, d in graph.nodes(data=True) if d["role"] == "forward"}
+    assert {"critic.0", "critic.1", "critic.2", ""} >= modules >= {"critic.0", "critic.1"}
+    rows = hs.summary()
+    assert rows["critic.0"].forward >= 2 * 4 * 8 * 5
+    assert 0 < rows["critic"].gradient <= rows.total.gradient

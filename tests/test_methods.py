@@ -114,6 +114,27 @@ def test_a_parameter_used_after_the_samples_were_combined():
 # --- exact and Hutchinson -------------------------------------------------------------------------
 
 
+def test_hutchinson_of_transposed_logits():
+    """Of whose nll_loss2d a kernel wants contiguous log-probabilities."""
+
+    class Tokens(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).transpose(1, 2)
+
+    net, inputs = Tokens(4, 5).to(DOUBLE), x(3, 6, 4)
+    y = torch.arange(18).reshape(3, 6) % 5
+    hs = transform(net, F.cross_entropy, (inputs, y), method="hutchinson", samples=4)
+    torch.manual_seed(1)
+    got = hs(inputs, y).hess_diag
+
+    def flat(z, y):
+        return F.cross_entropy(z.transpose(1, 2).reshape(-1, 5), y.flatten())
+
+    again = transform(net, flat, (inputs, y), method="hutchinson", samples=4)
+    torch.manual_seed(1)
+    assert_close(got, again(inputs, y).hess_diag, 1e-12, "transposed logits")
+
+
 @pytest.mark.parametrize(
     "name", default(["pooled convolutions", "tied", "lstm", "batch norm"], "tied", "lstm")
 )

@@ -29,7 +29,9 @@ from torch import fx
 from hesscale_fx import structures
 from hesscale_fx.analysis.axes import Axes, AxesError
 from hesscale_fx.analysis.cancel import find_cancelled
+from hesscale_fx.analysis.recognize import recognize
 from hesscale_fx.structures import Structure, table
+from hesscale_fx.structures.chain import is_chain
 from hesscale_fx.structures.region import Region, reduction
 
 
@@ -190,14 +192,14 @@ class Partition:
             if self._in_region(node):
                 for level in self._levels[node]:
                     at[level].append(node)
-        split: dict[frozenset[fx.Node], list[list[fx.Node]]] = {}
+        split: dict[frozenset[fx.Node], list[list[list[fx.Node]]]] = {}
         for level, nodes in at.items():
             for component in self._components(nodes):
                 key = frozenset(component)
                 if key not in split:
                     split[key] = self._split(component)
-                for group in split[key]:
-                    self._add_region(group, level)
+                for stages in split[key]:
+                    self._add_region(stages, level)
         for node, unit in self._alone.items():
             if node is unit.call:
                 level = self._use_level(node)
@@ -212,6 +214,7 @@ class Partition:
         for unit in units:
             if unit.region is not None:
                 unit.region.cancelled = find_cancelled(unit.region)
+                unit.region.named = recognize(unit.region)
         return self._sorted(units)
 
     def _producer(self, node: fx.Node, level: int) -> Unit | None:
@@ -231,8 +234,9 @@ class Partition:
                     groups.join([node, user])
         return groups.sets()
 
-    def _add_region(self, group: list[fx.Node], level: int) -> None:
-        members = set(group)
+    def _add_region(self, stages: list[list[fx.Node]], level: int) -> None:
+        members = {n for stage in stages for n in stage}
+        group = sorted(members, key=self._order.__getitem__)
         inputs = [
             (a, self._producer(a, level))
             for a in dict.fromkeys(a for n in group for a in operands_of(n))
@@ -244,6 +248,7 @@ class Partition:
             unit = self._known[key] = Unit(group, inputs, [], self._region(group))
             if unit.region is not None:
                 unit.region.outputs = unit.outputs  # one list: what other units use
+                unit.region.stages = stages
         unit.levels.append(level)
         for node in group:
             self._unit_at[node, level] = unit
@@ -271,7 +276,8 @@ class Partition:
 
     # --- splitting a region -------------------------------------------------------------------
 
-    def _split(self, component: list[fx.Node]) -> list[list[fx.Node]]:
+    def _split(self, component: list[fx.Node]) -> list[list[list[fx.Node]]]:
+        """The units of a component, each as its stages."""
         groups = Groups(component)
         by_source: dict[fx.Node, list[fx.Node]] = {}
         for node in component:
@@ -282,8 +288,13 @@ class Partition:
         if len(component) > 1:
             for members in Reconvergence(component, self._active).groups():
                 self._try(groups, members)
+        finest = groups.copy()
+        if len(component) > 1:
             self._join_coupled(component, groups)
-        return groups.sets(topological=True)
+        stages: dict[int, list[list[fx.Node]]] = {}
+        for stage in finest.sets(topological=True):
+            stages.setdefault(id(groups.set_of(stage[0])), []).append(stage)
+        return [stages[id(group)] for group in groups.sets(topological=True)]
 
     def _try(self, groups: Groups, members: Iterable[fx.Node]) -> bool:
         """Make one unit of the groups of `members` if there is a rule for it."""
@@ -315,18 +326,26 @@ class Partition:
     def _join_coupled(self, component: list[fx.Node], groups: Groups) -> None:
         """Join units that spread elements along an axis to those that couple it later.
 
-        A chain of more than `MAX_REDUCTIONS` reductions (the norms of a deep post-norm
-        transformer) is left apart, at this level and at all others.
+        What has too many reductions (the norms of a deep post-norm transformer) is left apart, at
+        this level and at all others.
         """
         joined = groups.copy()
         self._find_coupled(component, joined)
         for members in joined.sets():
             if members == groups.set_of(members[0]):
                 continue
-            if sum(n.target in table.REDUCTIONS for n in members) > MAX_REDUCTIONS:
+            stages = [s for s in groups.sets(topological=True) if s[0] in members]
+            if not self._affordable(members, stages):
                 self._apart.update(members)
             elif not self._apart.intersection(members):
                 groups.join(members)
+
+    def _affordable(self, members: list[fx.Node], stages: list[list[fx.Node]]) -> bool:
+        region = self._region(members)
+        assert region is not None  # or they had not been joined
+        region.stages = stages
+        count = sum(n.target in table.REDUCTIONS for n in members)
+        return count <= (MAX_IN_CHAIN if is_chain(region) else MAX_REDUCTIONS)
 
     def _find_coupled(self, component: list[fx.Node], groups: Groups) -> None:
         axes = Axes()
@@ -462,8 +481,10 @@ def _assign(node: fx.Node, axes: Axes, operands: list[fx.Node]) -> None:
             axes.view(node, operands[0])
 
 
-# The cost of a region's rule grows with the square of this.
+# The cost of a region's rule grows with the square of its number of reductions; if it can be
+# evaluated stage by stage only that of single tensors does, not that of the graph.
 MAX_REDUCTIONS = 8
+MAX_IN_CHAIN = 16
 
 
 class Groups:

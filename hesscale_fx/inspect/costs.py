@@ -11,16 +11,25 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from hesscale_fx.signature import Signature
 
 
 class Sizes:
-    """Integers for the free sizes of a graph: those of a call, else those of the example."""
+    """Integers for the free sizes of a graph: those of a call, else those of the example.
+
+    A size that only the values of a run give, such as the number of entries that a mask selects,
+    counts as 1.
+
+    Attributes:
+        of_data: the symbols of such sizes that were asked for.
+    """
 
     def __init__(self, bound: Mapping[sympy.Symbol, int] | None = None) -> None:
         self._bound = dict(bound or {})
         self._known: dict[Any, int] = {}
+        self.of_data: set[str] = set()
 
     @classmethod
     def of_call(cls, signature: Signature, tensors: list[Any]) -> Sizes:
@@ -38,8 +47,12 @@ class Sizes:
             return int(size)
         expr = size.node.expr
         if expr not in self._known:
-            value = expr.subs(self._bound)
-            self._known[expr] = int(value if value.is_Integer else size.node.hint)
+            unknown = free_unbacked_symbols(size)
+            self.of_data |= {str(s) for s in unknown}
+            value = expr.subs({**self._bound, **dict.fromkeys(unknown, 1)})
+            if not value.is_Integer:
+                value = size.node.shape_env.create_symintnode(value, hint=None).node.hint
+            self._known[expr] = int(value)
         return self._known[expr]
 
     def meta(self, value: Any) -> Any:

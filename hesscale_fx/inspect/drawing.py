@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hesscale_fx.module import HesScaleModule
 
 FORMATS = ("svg", "pdf", "png")
+LONGEST = 36  # characters of an operator with its shape
 # Fills that black text is readable on, told apart by the usual kinds of colour blindness.
 RULES = {
     "diagonal": "#fde2a7",
@@ -163,7 +164,7 @@ class Drawing:
             "label": self._label(box),
             "style": ",".join(styles),
             "fillcolor": self._fill(box),
-            "tooltip": first.line or first.name,
+            "tooltip": first.line or f"{short(first.op)} {first.shape}".strip() or first.name,
         }
         text = ", ".join(f"{k}={quoted(v)}" for k, v in found.items())
         return f"{text}, pos={place(box.x, box.y)}"
@@ -176,7 +177,7 @@ class Drawing:
         if len(box.members) == 1:
             r = box.members[0]
             return "\n".join(
-                filter(None, (r.name, f"{short(r.op)} {r.shape}".strip(), self._result(box)))
+                filter(None, (r.name, cut(f"{short(r.op)} {r.shape}"), self._result(box)))
             )
         cost = sum(r.flops for r in box.members)
         counted = f"{len(box.members)} node{'s' if len(box.members) > 1 else ''}"
@@ -260,6 +261,12 @@ def short(op: str) -> str:
     """``mm`` for ``aten.mm.default``."""
     parts = op.split(".")
     return parts[1] if len(parts) == 3 else op
+
+
+def cut(text: str) -> str:
+    """No wider than most names: the longest label is the width of every box."""
+    text = text.strip()
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def quoted(text: str) -> str:

@@ -35,7 +35,7 @@ def to_networkx(hs: HesScaleModule, *args: Any, **kwargs: Any) -> nx.MultiDiGrap
         ``dtype``, ``source``, ``module``, ``region`` (numbers of the units that it belongs to),
         ``rule``, ``structure``, ``exact``, ``line``, ``flops`` (by `torch.utils.flop_counter`),
         ``bytes`` (of the value), and ``forward`` (the forward nodes that it was generated from);
-        lists are joined by blanks.
+        lists are joined by blanks. Sizes that only data give (``u0``) count as 1 in both.
 
     Raises:
         NotCapturedError: there is no graph yet and no arguments are given.

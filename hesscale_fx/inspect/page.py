@@ -15,7 +15,7 @@ from torch import Tensor
 from hesscale_fx.inspect.drawing import RULES
 from hesscale_fx.inspect.layout import readable_depth
 from hesscale_fx.inspect.nodes import Record, records
-from hesscale_fx.inspect.summary import summary
+from hesscale_fx.inspect.summary import of_records
 
 if TYPE_CHECKING:
     from hesscale_fx.module import HesScaleModule, Result
@@ -96,7 +96,7 @@ def content(
     """Everything that the page shows."""
     found = records(hs, args, kwargs)
     index = {r.name: i for i, r in enumerate(found)}
-    table = summary(hs, *args, **kwargs)
+    table = of_records(found)
     return {
         "method": hs._build.method.name,
         "depth": readable_depth(found),
@@ -177,11 +177,16 @@ def heat_map(value: Tensor) -> list[list[float | None]]:
     if not value.numel():
         return []
     rows = value.reshape(value.shape[0] if value.dim() > 1 else 1, -1)
-    parts = [
-        [block.mean().item() for block in band.tensor_split(min(COLUMNS, rows.shape[1]), 1)]
-        for band in rows.tensor_split(min(ROWS, rows.shape[0]), 0)
-    ]
-    return [[v if math.isfinite(v) else None for v in row] for row in parts]
+    # Blocks are full rectangles, so the mean of a block is the mean of its rows' means.
+    bands = torch.stack([band.mean(0) for band in rows.tensor_split(min(ROWS, rows.shape[0]), 0)])
+    blocks = bands.tensor_split(min(COLUMNS, rows.shape[1]), 1)
+    parts = torch.stack([block.mean(1) for block in blocks], 1).tolist()
+    return [[rounded(v) if math.isfinite(v) else None for v in row] for row in parts]
+
+
+def rounded(value: float) -> float:
+    """To what a colour shows, in a third of the characters."""
+    return float(f"{value:.4g}")
 
 
 def histogram(good: Tensor, top: float) -> dict[str, Any]:

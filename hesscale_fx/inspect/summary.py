@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hesscale_fx.inspect.costs import peak
-from hesscale_fx.inspect.nodes import Record, records
+from hesscale_fx.inspect.nodes import Record, Records, records
 from hesscale_fx.report import table
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ HEAD = (
     "exact",
     "memory",
 )
+TEXTS = ("module", "type")  # the columns that are no numbers
 LEGEND = (
     "forward, gradient, curvature: FLOPs of matrix products, convolutions and attention, 2 for "
     "each multiply-add; ratio: curvature to gradient; exact: parameters whose diagonal is; "
@@ -84,10 +85,19 @@ class Summary(Sequence[Row]):
         peak: bytes at the moment when a run holds most, besides arguments and parameters.
         peak_at: name of the node that runs at that moment.
         nodes: number of nodes.
+        of_data: sizes that only the values of a run give, such as the number of entries that a
+            mask selects; they count as 1.
     """
 
     def __init__(
-        self, rows: list[Row], total: Row, peak: int, peak_at: str, nodes: int, method: str
+        self,
+        rows: list[Row],
+        total: Row,
+        peak: int,
+        peak_at: str,
+        nodes: int,
+        method: str,
+        of_data: tuple[str, ...] = (),
     ) -> None:
         self._rows = rows
         self.total = total
@@ -95,6 +105,7 @@ class Summary(Sequence[Row]):
         self.peak_at = peak_at
         self.nodes = nodes
         self.method = method
+        self.of_data = of_data
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, str):
@@ -120,20 +131,31 @@ class Summary(Sequence[Row]):
 
     def _foot(self) -> str:
         at = f" at {self.peak_at}" if self.peak_at else ""
+        unknown = f" Sizes that depend on data count as 1: {', '.join(self.of_data)}."
+        times = "" if math.isnan(self.overhead) else f"{self.overhead:.2f} times"
         return (
-            f"{self.method}, {self.nodes} nodes; {self.overhead:.2f} times the FLOPs of a plain "
-            f"gradient; {in_units(self.peak, 'B')} at peak{at}.\n" + textwrap.fill(LEGEND, 80)
+            f"{self.method}, {self.nodes} nodes; "
+            + (f"{times} the FLOPs of a plain gradient; " if times else "")
+            + f"{in_units(self.peak, 'B')} at peak{at}.\n"
+            + textwrap.fill(LEGEND + unknown * bool(self.of_data), 80)
         )
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        head = "".join(f"<th style='text-align:left'>{html.escape(h)}</th>" for h in HEAD)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(r)) + "</tr>"
-            for r in [*self._rows, self.total]
-        )
+        # Notebooks right-align all cells; leading blanks show how modules nest.
+        styles = [
+            f"text-align:{'left' if name in TEXTS else 'right'};white-space:pre" for name in HEAD
+        ]
+
+        def line(tag: str, texts: Sequence[str]) -> str:
+            pairs = zip(styles, texts, strict=True)
+            shown = (f"<{tag} style='{style}'>{html.escape(t)}</{tag}>" for style, t in pairs)
+            return f"<tr>{''.join(shown)}</tr>"
+
+        head = line("th", HEAD)
+        body = "".join(line("td", cells(r)) for r in self._rows) + line("th", cells(self.total))
         foot = html.escape(self._foot())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{foot}</p>"
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table><p>{foot}</p>"
 
     def __rich__(self) -> Any:
         """For `rich.print`."""
@@ -149,8 +171,7 @@ class Summary(Sequence[Row]):
             caption_justify="left",
         )
         for name in HEAD:
-            right = name not in ("module", "type")
-            found.add_column(name, justify="right" if right else "left", no_wrap=True)
+            found.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=True)
         for row in self._rows:
             found.add_row(*map(escape, cells(row)))
         found.add_section()
@@ -189,7 +210,12 @@ def summary(hs: HesScaleModule, *args: Any, depth: int | None = None, **kwargs: 
         >>> row.parameters, row.forward, row.gradient, row.curvature, row.exact
         (27, 240, 480, 480, 2)
     """
-    found = records(hs, args, kwargs)
+    return of_records(records(hs, args, kwargs), depth)
+
+
+def of_records(found: Records, depth: int | None = None) -> Summary:
+    """The summary of a graph whose records are there."""
+    hs = found.hs
     moment = peak(found.program.graph, found.sizes)
     rows = empty_rows(hs)
     for record in found:
@@ -205,7 +231,8 @@ def summary(hs: HesScaleModule, *args: Any, depth: int | None = None, **kwargs: 
     total = replace(rows.pop(""), module="total")
     shown = [r for r in rows.values() if depth is None or r.module.count(".") < depth]
     method = hs._build.method.name
-    return Summary(shown, total, moment.total, moment.at, len(found), method)
+    of_data = tuple(sorted(found.sizes.of_data))
+    return Summary(shown, total, moment.total, moment.at, len(found), method, of_data)
 
 
 def empty_rows(hs: HesScaleModule) -> dict[str, Row]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hesscale_fx.methods.base import Flow, Method, Place, sums
+from hesscale_fx.methods.base import Flow, Method, Place
 from hesscale_fx.structures import Evaluation
+from hesscale_fx.structures.base import recursion
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class HesScale(Method):
     def pull(self, role: str, at: Evaluation, y: Flow, place: Place) -> list[Tensor | None]:
         if role == "grad":
             return at.vjp(y["grad"])
-        passed = at.squared_vjp(y["hess"])
         if self.gauss_newton and place.inside:
-            return passed
-        return sums(passed, at.curvature(y["grad"]))
+            return at.squared_vjp(y["hess"])
+        return recursion(at, y["hess"], y["grad"])

@@ -68,6 +68,14 @@ class Evaluation(Protocol):
         """``sum_k g[k] * d2 y[k] / dx^2``, the diagonal for each input."""
 
 
+def recursion(at: Evaluation, s: Tensors, g: Tensors) -> list[Tensor | None]:
+    """``(J o J)^T s + sum_k g[k] d2 y[k]/dx^2``, at once where a rule has that shorter."""
+    at_once = getattr(at, "recursion", None)
+    if at_once is not None:
+        return at_once(s, g)
+    return [add(a, b) for a, b in zip(at.squared_vjp(s), at.curvature(g), strict=True)]
+
+
 @dataclass
 class Call:
     """One call of an operator, with the operands that are differentiated.

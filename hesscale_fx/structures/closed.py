@@ -10,10 +10,12 @@ Normalization ``y = w z + b``, ``z = (x - mean) r`` over rows of n entries, with
     (J o J)^T s = r^2 [a (1 - 2/n - 2 z^2/n) + (S(a) + 2 z S(a z) + z^2 S(a z^2)) / n^2]
     curvature   = -r/n [2 z dL/dx + r S(c z) (1 - 1/n - z^2/n)],   S: sum over the row
 
-Softmax ``y = p`` with f = g, log-softmax with p = exp(y), J = I - 1 p^T:
+Softmax ``y = p``, log-softmax with p = exp(y), J = I - 1 p^T:
 
     softmax:      (J o J)^T s = p^2 (s (1 - 2 p) + S(s p^2)),  curvature = (1 - 2 p) dL/dx
     log-softmax:  (J o J)^T s = s (1 - 2 p) + p^2 S(s),        curvature = (p^2 - p) S(g)
+
+Both terms are computed together, because much of one serves the other.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, add, mul, widen
 from hesscale_fx.structures.persample import split
+from hesscale_fx.structures.region import derivative
 
 aten = torch.ops.aten
 
@@ -52,26 +55,50 @@ class ClosedForm:
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compute what both answers use, from the operator's arguments."""
 
-    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
-        """``(J o J)^T s`` by position of the operand among the tensor arguments."""
-        raise NotImplementedError
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
+        """``(J o J)^T s + sum_k g_k d2 y_k / dx^2`` by position among the tensor arguments.
 
-    def second(self, g: Tensor) -> dict[int, Tensor]:
-        """``sum_k g_k d2 y_k / dx^2``, likewise; what is left out is zero."""
+        One of s and g may be None, for zero; what is left out is zero.
+        """
         raise NotImplementedError
 
     def vjp(self, u: Tensors) -> list[Tensor | None]:
         return self.call.vjp(u)
 
     def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
-        return self._by_operand(None if s[0] is None else self.diagonal(widen(s[0])))
+        return self.recursion(s, [None])
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
-        return self._by_operand(None if g[0] is None else self.second(g[0]))
+        return self.recursion([None], g)
 
-    def _by_operand(self, found: dict[int, Tensor] | None) -> list[Tensor | None]:
+    def recursion(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
+        if s[0] is None and g[0] is None:
+            return [None] * len(self.call.active)
+        return self._by_operand(self.both(widen(s[0]), widen(g[0])))
+
+    def _by_operand(self, found: dict[int, Any]) -> list[Tensor | None]:
         tensors = [i for i, v in enumerate(self.call.leaves) if isinstance(v, Tensor)]
-        return [(found or {}).get(tensors.index(i)) for i in self.call.active]
+        return [found.get(tensors.index(i)) for i in self.call.active]
+
+    def slope(self, g: Tensor | None) -> Tensor | None:
+        """dL/dx of the first operand, by the operator's own kernel."""
+        if g is None or 0 not in self.call.active:
+            return None
+        return self.call.vjp([g], widen)[self.call.active.index(0)]
+
+
+class Named(ClosedForm):
+    """A pointwise operator of one tensor, by autograd's formulas for it."""
+
+    def prepare(self, x: Tensor, **options: Any) -> None:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            self.first = derivative(self.call.op(x, **options), x)
+            self.second = derivative(self.first, x)
+
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
+        assert self.first is not None
+        return {0: add(mul(self.first * self.first, s), mul(self.second, g))}
 
 
 @closed_form(aten.softmax.int, aten._softmax.default)
@@ -80,16 +107,15 @@ class Softmax(ClosedForm):
         self.dim = dim
         self.p = torch.softmax(x, dim)
 
-    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
         squared = self.p * self.p
-        weighted = squared * s
-        rest = squared * weighted.sum(self.dim, keepdim=True)
-        return {0: rest + weighted - 2 * (weighted * self.p)}
-
-    def second(self, g: Tensor) -> dict[int, Tensor]:
-        (slope,) = self.call.vjp([widen(g)], widen)
-        assert slope is not None
-        return {0: slope - 2 * (self.p * slope)}
+        weighted = mul(squared, s)
+        bent = add(weighted, self.slope(g))
+        assert bent is not None
+        bent = bent - 2 * (self.p * bent)
+        if weighted is not None:
+            bent = bent + squared * weighted.sum(self.dim, keepdim=True)
+        return {0: bent}
 
     def elementwise(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
         """Both terms of the recursion, of ``dp_i/dx_i`` and ``d2 p_i/dx_i^2`` alone."""
@@ -104,12 +130,15 @@ class LogSoftmax(ClosedForm):
         self.dim = dim
         self.p = torch.log_softmax(x, dim).exp()
 
-    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
-        rest = self.p * self.p * s.sum(self.dim, keepdim=True)
-        return {0: rest + s - 2 * (s * self.p)}
-
-    def second(self, g: Tensor) -> dict[int, Tensor]:
-        return {0: (self.p * self.p - self.p) * widen(g).sum(self.dim, keepdim=True)}
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
+        p = self.p
+        of_g = None if g is None else g.sum(self.dim, keepdim=True)
+        if s is None:
+            return {0: mul(p * p - p, of_g)}
+        total = s.sum(self.dim, keepdim=True)
+        total = total if of_g is None else total + of_g
+        inner = p * total - 2 * s
+        return {0: s + p * (inner if of_g is None else inner - of_g)}
 
     def elementwise(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
         """As for the softmax: ``d log p_i/dx_i = 1 - p_i`` and ``-p_i (1 - p_i)``."""
@@ -159,44 +188,64 @@ class Normalization(ClosedForm):
             n = n * self.z.shape[d]
         return n
 
-    def _total(self, value: Tensor) -> Tensor:
-        return value.sum(self.rows, keepdim=True)
+    def _total(self, value: Tensor, weight: Tensor | None) -> Tensor:
+        """Sum over the row, weighted."""
+        if weight is None:
+            return value.sum(self.rows, keepdim=True)
+        missing = self.z.dim() - weight.dim()
+        varied = [d for d in self.rows if d >= missing and not is_one(weight.shape[d - missing])]
+        same = [d for d in self.rows if d not in varied]
+        if missing and varied == list(range(missing, self.z.dim())):
+            total = value.flatten(missing) @ weight.flatten()
+            return total.reshape([*total.shape, *[1] * len(varied)])
+        value = value.sum(same, keepdim=True) if same else value
+        return (value * weight).sum(varied, keepdim=True) if varied else value * weight
 
-    def _view(self, value: Tensor) -> Tensor:
-        return value if self.shape is None else value.reshape(self.shape)
+    def _view(self, value: Tensor | None) -> Tensor | None:
+        return value if self.shape is None or value is None else value.reshape(self.shape)
 
     def _parameter(self, value: Tensor) -> Tensor:
         """Of the shape of the weight and bias, from that of z."""
-        assert self.w is not None
         return value.sum(self.affine).reshape(self.parameters)
 
-    def diagonal(self, s: Tensor) -> dict[int, Tensor]:
-        s = self._view(s)
-        n, z = self._count(), self.z
-        a = s if self.w is None else s * (self.w * self.w)
-        az = a * z
-        azz = az * z
-        outer = self._total(a) + z * (2 * self._total(az) + z * self._total(azz))
-        inner = (1 - 2 / n) * a - (2 / n) * azz + outer / (n * n)
-        found = {0: (inner * (self.r * self.r)).reshape(self.whole)}
-        if self.w is not None:
-            found[1], found[2] = self._parameter(s * (z * z)), self._parameter(s)
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
+        found: dict[int, Tensor | None] = {}
+        s, g, slope = self._view(s), self._view(g), self._view(self.slope(g))
+        n, r = self._count(), self.r
+        squares = r * r
+        # constant + z (linear + z square), each one number a row
+        constant = linear = square = direct = None
+        if s is not None:
+            direct, constant, linear, square = self._of_s(s, n, found)
+        if g is not None and slope is not None:
+            along = self._total(g * self.z, self.w) / n
+            constant, square = add(constant, along * (1 / n - 1)), add(square, along / n)
+        if 0 in self.call.active:
+            inner = add(mul(self.z, mul(square, squares)), mul(linear, squares))
+            inner = add(inner, None if slope is None else slope * (r * (-2 / n)))
+            total = add(mul(self.z, inner), mul(constant, squares))
+            total = add(total, mul(direct, squares))
+            found[0] = None if total is None else total.reshape(self.whole)
         return found
 
-    def second(self, g: Tensor) -> dict[int, Tensor]:
-        n, z = self._count(), self.z
-        slope = self.call.vjp([widen(g)], widen)[self.call.active.index(0)]
-        assert slope is not None
-        c = self._view(widen(g))
-        c = c if self.w is None else c * self.w
-        total = self.r * self._total(c * z)
-        bend = 2 * (z * self._view(slope)) + total * ((1 - 1 / n) - z * z / n)
-        return {0: (bend * (self.r * (-1 / n))).reshape(self.whole)}
+    def _of_s(
+        self, s: Tensor, n: Any, found: dict[int, Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is not a product with the row's z, and the coefficients of those, before r^2."""
+        sz = s * self.z
+        szz = sz * self.z
+        direct = (1 - 2 / n) * s - (2 / n) * szz
+        w = None
+        if self.w is not None:
+            found[1], found[2] = self._parameter(szz), self._parameter(s)
+            w = self.w * self.w
+            direct = direct * w
+        sums = [self._total(value, w) / n for value in (s, sz, szz)]
+        return direct, sums[0] / n, sums[1] * (2 / n), sums[2] / n
 
-    def curvature(self, g: Tensors) -> list[Tensor | None]:
-        if 0 not in self.call.active:
-            return [None] * len(self.call.active)
-        return super().curvature(g)
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def per_row(value: Tensor, shape: Any, rows: list[int]) -> Tensor:
@@ -252,7 +301,7 @@ class GroupNorm(Normalization):
         x = x.contiguous()
         _, mean, r = torch.native_group_norm(x, weight, bias, n, c, area, groups, eps)
         self.r = per_row(r, self.shape, self.rows)
-        self.z = (self._view(x) - per_row(mean, self.shape, self.rows)) * self.r
+        self.z = (x.reshape(self.shape) - per_row(mean, self.shape, self.rows)) * self.r
         ones = [1] * (len(self.shape) - 3)
         self.w = None if weight is None else weight.reshape([1, groups, c // groups, *ones])
 

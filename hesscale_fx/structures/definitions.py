@@ -88,7 +88,8 @@ def softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
 def log_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     x = cast(x, dtype if isinstance(dtype, torch.dtype) else None)
     z = x - x.detach().amax(dims_of(x, dim), keepdim=True)
-    return z - total(z.exp(), dims_of(x, dim)).log()
+    # Contiguous as the kernel's, which nll_loss2d_backward relies on.
+    return (z - total(z.exp(), dims_of(x, dim)).log()).contiguous()
 
 
 @defines(aten.logsumexp.default)
@@ -398,17 +399,20 @@ def attention(
     if is_causal:
         rows = torch.arange(query.shape[-2], device=query.device)
         columns = torch.arange(key.shape[-2], device=query.device)
-        scores = scores.masked_fill(columns > rows.unsqueeze(-1), float("-inf"))
+        scores = scores + bias_of(columns <= rows.unsqueeze(-1), scores.dtype)
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
-        else:
-            scores = scores + attn_mask
+        is_choice = attn_mask.dtype == torch.bool
+        scores = scores + (bias_of(attn_mask, scores.dtype) if is_choice else attn_mask)
     # Without a mask of the user's no row is masked whole.
     weights = scores.softmax(-1) if attn_mask is None else safe_softmax(scores)
     if dropout_p > 0:
         weights = aten.native_dropout(weights, dropout_p, True)[0]
     return batched_product(weights, value)
+
+
+def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores; unlike a fill it leaves nothing to do for derivatives."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:

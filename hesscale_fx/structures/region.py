@@ -51,6 +51,11 @@ class Region:
     sizes: dict[int, int]  # of the axes whose size is a constant
     # Reductions that cancel: no output changes with them (the maximum in a softmax).
     cancelled: set[fx.Node] = field(default_factory=set)
+    # Its finest parts in topological order, such that no two paths from one tensor meet again
+    # across parts.
+    stages: list[list[fx.Node]] = field(default_factory=list)
+    # The operator, with options, that it is a spelling of.
+    named: tuple[Any, dict[str, Any]] | None = None
 
     name: str = field(default="", init=False)
 
@@ -157,16 +162,17 @@ class Layout:
         )
 
     def sum(self, value: Tensor | None, axes: set[int]) -> Tensor | None:
-        """Sum over those of `axes` along which the value is not constant."""
+        """Sum over those of `axes` along which the value is not constant.
+
+        The value may have one more dimension in front.
+        """
         if value is None:
             return None
+        offset = value.dim() - len(self.position)
         dims = [
-            self.position[a]
+            offset + self.position[a]
             for a in axes
-            if not (
-                isinstance(value.shape[self.position[a]], int)
-                and value.shape[self.position[a]] == 1
-            )
+            if not _same([value.shape[offset + self.position[a]]], [1])
         ]
         return value.sum(sorted(dims), keepdim=True) if dims else value
 
@@ -198,11 +204,12 @@ class RegionAt:
         region: Region,
         values: Callable[[fx.Node], Tensor],
         run: Callable[[dict[fx.Node, Tensor]], list[Tensor]],
+        layout: Layout | None = None,
     ) -> None:
         self.region = region
         self._values = values
         self._run = run
-        self._layout = Layout(region, values)
+        self._layout = layout or Layout(region, values)
         self._members = set(region.nodes)
         self._reductions = [n for n in region.nodes if n.target in table.REDUCTIONS]
         self._known: dict[fx.Node, Any] = {}
@@ -278,9 +285,13 @@ class RegionAt:
 
     def _weights(self, g: Tensors) -> list[tuple[Function, Tensor]]:
         """The functions of Lambda, each with its g or its adjoint."""
+        outputs = self.region.outputs
+        return self._adjoints([self._canonical_of(n, v) for n, v in zip(outputs, g, strict=True)])
+
+    def _adjoints(self, u: Tensors) -> list[tuple[Function, Tensor]]:
+        """The same for values over the region's axes, or stacks of such values."""
         weights: list[tuple[Function, Tensor]] = []
-        for node, value in zip(self.region.outputs, g, strict=True):
-            weight = self._canonical_of(node, value)
+        for node, weight in zip(self.region.outputs, u, strict=True):
             if weight is not None:
                 weights.append((self._linearized(node, True), weight))
         for node in reversed(self._reductions):
@@ -349,6 +360,10 @@ class RegionAt:
             if slope is not None:
                 slopes.append((node, slope))
         return slopes
+
+    def value(self, node: fx.Node) -> Tensor:
+        """The value of a node in or entering the region, over the region's axes."""
+        return self._value(node)
 
     # --- pieces -------------------------------------------------------------------------------
 
@@ -464,13 +479,13 @@ class RegionAt:
 
     def _first(self, f: Function, u: fx.Node) -> Tensor | None:
         if u not in f.first:
-            f.first[u] = _derivative(f.value, f.variables.get(u))
+            f.first[u] = derivative(f.value, f.variables.get(u))
         return f.first[u]
 
     def _second(self, f: Function, u: fx.Node, v: fx.Node) -> Tensor | None:
         if (u, v) not in f.second:
             first = self._first(f, u)
-            f.second[u, v] = f.second[v, u] = _derivative(first, f.variables.get(v))
+            f.second[u, v] = f.second[v, u] = derivative(first, f.variables.get(v))
         return f.second[u, v]
 
 
@@ -482,7 +497,7 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-def _derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
+def derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
     """dy/dx where each element of y depends on one element of x."""
     if y is None or x is None or not y.requires_grad:
         return None

@@ -354,12 +354,12 @@
       const canvas = $("map" + i), rows = v.map.length, columns = rows ? v.map[0].length : 0;
       if (!rows) return;
       canvas.width = columns; canvas.height = rows;
-      const context = canvas.getContext("2d");
-      v.map.forEach((row, y) => row.forEach((x, k) => {
+      const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+      v.map.flat().forEach((x, at) => {
         const strength = x && v.top ? Math.max(0, 1 + Math.log10(Math.abs(x) / v.top) / 4) : 0;
-        context.fillStyle = x === null ? "#888" : x < 0 ? `rgba(33,102,196,${strength})` : `rgba(214,110,0,${strength})`;
-        context.fillRect(k, y, 1, 1);
-      }));
+        image.data.set(x === null ? [136, 136, 136, 255] : [...(x < 0 ? [33, 102, 196] : [214, 110, 0]), 255 * strength], 4 * at);
+      });
+      context.putImageData(image, 0, 0);
     });
   }
 
@@ -431,7 +431,7 @@
     root.dataset.theme = dark ? "light" : "dark";
   };
 
-  const help = "<h2>Details</h2><p>Click a node, or search. In the graph arrow keys move, Enter opens or closes, Escape lets go; / searches, + and − zoom, 0 fits.</p>";
+  const help = '<div class="help"><h2>Details</h2><p>Click a node, or search. In the graph arrow keys move, Enter opens or closes, Escape lets go; / searches, + and − zoom, 0 fits.</p></div>';
   $("details").innerHTML = help;
   $("table").textContent = data.summary;
   collapse(data.depth);
