@@ -1,11 +1,15 @@
 """Real models: captured how, how fast, and how far from autograd and from the exact diagonal.
 
     python benchmarks/real_models.py [--only PATTERN] [--samples 4] [--seconds 60] [--write FILE]
+    python benchmarks/real_models.py --list
 
 Every model of `benchmarks/zoo` has random weights, a tiny configuration and its own loss, runs in
 float64 in train mode, and is held to plain autograd. The diagonal is compared with an independent
 brute force of the recursion (`tests/reference.py`) where that finishes, and with the exact one on
 coordinates drawn at random. Needs `pip install .[models]`.
+
+Rows are kept in build/models.json as long as neither the package nor this file changes, so the
+table can be made in pieces: a row that is there is not measured again without ``--again``.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from reference import autograd, reference  # noqa: E402
 
+from kept import Kept, version  # noqa: E402
 from zoo import CASES, Case  # noqa: E402
 
 SEED = 3
@@ -103,7 +108,7 @@ def measure(name: str, samples: int, seconds: float) -> Row:
         torch.manual_seed(0)
         case = CASES[name]()
         row.parameters = sum(p.numel() for p in case.model.parameters())
-        compare(row, case, samples)
+        compare(row, case, samples, seconds)
     except Exception as error:  # the table says what failed
         row.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         return row
@@ -112,16 +117,16 @@ def measure(name: str, samples: int, seconds: float) -> Row:
     return row
 
 
-def compare(row: Row, case: Case, samples: int) -> None:
+def compare(row: Row, case: Case, samples: int, seconds: float) -> None:
     """Against autograd, against the exact diagonal, at another batch."""
     row.double_backward = double_backward(case)
     inputs, labels = split(case.args, targets_of(case))
     loss, grads = autograd(
         copy.deepcopy(case.model), case.loss, inputs, labels, case.kwargs, seed=SEED
     )
-    start = time.perf_counter()
+    start = time.process_time()
     hs = hesscale_fx.transform(case.model, case.loss, case.args, case.kwargs)
-    row.seconds = time.perf_counter() - start
+    row.seconds = time.process_time() - start
     program = hs._program()
     row.way, row.fixed = hs.report().way, len(hs.report().fixed)
     row.nodes_in, row.nodes_out = len(program.captured.graph.nodes), len(hs.graph.nodes)
@@ -133,8 +138,13 @@ def compare(row: Row, case: Case, samples: int) -> None:
     row.dynamic = another_batch(hs, case)
     if samples:
         torch.manual_seed(SEED)
-        overall = hs.verify(*case.args, samples=samples, **case.kwargs).overall
-        row.l1_error, row.correlation = overall.error, overall.correlation
+        try:
+            with limit(seconds or math.inf):
+                overall = hs.verify(*case.args, samples=samples, **case.kwargs).overall
+        except TimeoutError as error:
+            print(f"    not verified: {error}", file=sys.stderr)
+        else:
+            row.l1_error, row.correlation = overall.error, overall.correlation
 
 
 def targets_of(case: Case) -> int:
@@ -232,18 +242,18 @@ def against_brute_force(case: Case, seconds: float) -> float:
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside when the time is up."""
+    """Raise TimeoutError inside when so much processor time is used up."""
 
     def stop(signum: int, frame: Any) -> None:
         raise TimeoutError(f"{seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds if math.isfinite(seconds) else 0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def summary(rows: list[tuple[str, ...]]) -> str:
@@ -270,16 +280,23 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def write(path: Path, rows: list[tuple[str, ...]]) -> None:
-    """Put summary and table behind the marker; models that were not run now keep their rows."""
+def write(path: Path, rows: dict[str, Row]) -> None:
+    """Put summary and table behind the marker; a row not measured now stays as an earlier one."""
     head, marker, old = path.read_text().partition(MARKER)
     lines = [line[2:-2].split(" | ") for line in old.splitlines() if line.startswith("| ")]
-    found = {line[0]: tuple(cell.strip() for cell in line) for line in lines[1:]}
-    found.update((row[0], row) for row in rows)
+    found: dict[str, tuple[str, ...]] = {}
+    for line in lines[1:]:
+        name = line[0].strip().removesuffix(EARLIER)
+        found[name] = (name + EARLIER, *(cell.strip() for cell in line[1:]))
+    found.update((name, row.cells()) for name, row in rows.items())
     kept = [found[name] for name in CASES if name in found]
-    path.write_text(f"{head}{marker}\n\n{summary(kept)}\n\n{table(kept)}\n")
+    stale = sum(row[0].endswith(EARLIER) for row in kept)
+    note = f" Measured with an earlier version of the package, marked{EARLIER}: {stale}."
+    text = summary(kept) + (note if stale else "")
+    path.write_text(f"{head}{marker}\n\n{text}\n\n{table(kept)}\n")
 
 
+EARLIER = " †"
 MARKER = "<!-- generated below -->"
 
 
@@ -293,18 +310,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=".", help="a regular expression for names")
     parser.add_argument("--samples", type=int, default=4, help="coordinates of each parameter")
-    parser.add_argument("--seconds", type=float, default=60, help="limit of a brute force")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="limit of a brute force, and of a verification"
+    )
+    parser.add_argument("--again", action="store_true", help="measure rows that are kept too")
+    parser.add_argument("--list", action="store_true", help="print the names only")
     parser.add_argument("--write", type=Path, help="put the table into this document")
     options = parser.parse_args()
+    if options.list:
+        print("\n".join(selected(options.only)))
+        return
     warnings.simplefilter("ignore")
-    rows = []
+    kept = Kept("models", version(Path(__file__)))
     for name in selected(options.only):
-        rows.append(measure(name, options.samples, options.seconds))
-        print(" | ".join(rows[-1].cells()), rows[-1].failure, flush=True)
-    cells = [row.cells() for row in rows]
-    print("\n" + summary(cells))
+        if options.again or name not in kept or kept[name]["failure"]:
+            kept[name] = asdict(measure(name, options.samples, options.seconds))
+        row = Row(**kept[name])
+        print(" | ".join(row.cells()), row.failure, flush=True)
+    rows = {name: Row(**found) for name, found in kept.rows.items()}
+    print("\n" + summary([row.cells() for row in rows.values()]))
     if options.write:
-        write(options.write, cells)
+        write(options.write, rows)
 
 
 if __name__ == "__main__":

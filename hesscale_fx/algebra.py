@@ -271,7 +271,7 @@ class Algebra:
 
     def _sum(self, node: fx.Node, x: fx.Node, dims: Any = None, keepdim: bool = False) -> Any:
         form, shape = self._of(x), x.meta["val"].shape
-        if not dims:
+        if not dims or not shape:
             return None
         wanted = [d % len(shape) for d in dims]
         have: Any = [1] * len(shape) if form.base is None else form.base.meta["val"].shape

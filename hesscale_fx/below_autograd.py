@@ -36,6 +36,7 @@ from hesscale_fx.decisions import ARRAYS, NUMPY, Decision, Reads, fixing
 from hesscale_fx.errors import Refusal
 
 aten = torch.ops.aten
+PACK = "_pack_padded_sequence"
 PACKED = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -73,10 +74,27 @@ class MarkCuts(TorchFunctionMode):
         depends = any(v.requires_grad for v in inputs)
         if getattr(func, "__name__", "") in PACKED and isinstance(args[1], Tensor):
             args[1].tolist()  # the kernel reads the sizes of the packed batches by itself
+        if getattr(func, "__name__", "") == PACK and type(args[1]) is Tensor:
+            func = packed
         out = func(*args, **kwargs)
         if not depends or getattr(func, "__name__", "") in ARRAYS:
             return out
         return pytree.tree_map_only(Tensor, lambda t: marked(t, inputs), out)
+
+
+def packed(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """What aten._pack_padded_sequence computes, whose shapes a trace does not get right.
+
+    Args:
+        x: (time, batch, ...), or with batch and time exchanged.
+        lengths: of the sequences, in descending order; they are fixed to the example's.
+        batch_first: whether they are exchanged.
+    """
+    known = lengths.tolist()
+    steps = x.transpose(0, 1) if batch_first else x
+    sizes = [sum(n > t for n in known) for t in range(known[0])]
+    data = torch.cat([steps[t, :size] for t, size in enumerate(sizes)])
+    return data, torch.tensor(sizes)
 
 
 def marked(out: Tensor, inputs: list[Tensor]) -> Tensor:

@@ -30,8 +30,9 @@ from torch._guards import detect_fake_mode
 from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
 from hesscale_fx.checkpoints import seen_through
-from hesscale_fx.decisions import MESSAGE, Decision, Reads, check_asserted
+from hesscale_fx.decisions import Decision, Reads, check_asserted
 from hesscale_fx.errors import (
+    MESSAGE,
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
@@ -44,7 +45,7 @@ from hesscale_fx.inlining import write_in
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
 from hesscale_fx.structures import definitions
-from hesscale_fx.structures.ctc import captured_whole
+from hesscale_fx.structures.whole import captured_whole
 
 aten = torch.ops.aten
 HERE = os.path.dirname(__file__)
@@ -431,6 +432,7 @@ def export(
     except HesScaleError:
         raise
     except Exception as error:
+        refuse_sparse_error(error, step or module)
         raise CaptureError(explain(error, step or module)) from error
     check_asserted(program.graph, fixed)
     return program
@@ -487,19 +489,38 @@ def no_autocast() -> Iterator[None]:
             torch.set_autocast_enabled(kind, on)
 
 
+# What fake tensors of a sparse layout fail with.
+NO_STRIDES = ("layout_impl is only implemented", "tensors do not have strides")
+
+
+def refuse_sparse_error(error: Exception, step: nn.Module) -> None:
+    """Refuse what fails only because it has a tensor of a layout that no trace can hold."""
+    if any(text in str(error) for text in NO_STRIDES):
+        raise UnsupportedOperatorError(
+            f"{type(getattr(step, 'model', step)).__name__} computes with tensors of a sparse "
+            f"layout{user_line(error)}; only dense tensors are supported. Use to_dense() before "
+            "the model."
+        ) from error
+
+
+def user_line(error: Exception) -> str:
+    """The innermost line outside torch and this package, e.g. `` at model.py:12: h = foo(x)``."""
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/torch/" not in frame.filename and not frame.filename.startswith((HERE, "<eval")):
+            where = f" at {frame.filename}:{frame.lineno}: {frame.line}"
+    return where
+
+
 def explain(error: Exception, step: nn.Module) -> str:
     """The reason of a failed capture in two lines."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = text[0] if text else type(error).__name__
     if type(error).__name__ not in reason:
         reason = f"{type(error).__name__}: {reason}"
-    where = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if "/torch/" not in frame.filename and not frame.filename.startswith((HERE, "<eval")):
-            where = f" at {frame.filename}:{frame.lineno}: {frame.line}"
     name = type(getattr(step, "model", step)).__name__
     return (
-        f"{name} cannot be captured{where}: {reason[:300]}\n"
+        f"{name} cannot be captured{user_line(error)}: {reason[:300]}\n"
         "torch.export traces one path: replace control flow that reads tensor values "
         "(torch.where, torch.cond), or move it out of the module."
     )
@@ -544,6 +565,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
             program = program.run_decompositions(decompositions())
             write_repeated(program.graph_module.graph)
     except Exception as error:
+        refuse_sparse_error(error, step)
         raise CaptureError(explain(error, step)) from error
     graph = program.graph_module.graph
     refuse_control_flow(graph)

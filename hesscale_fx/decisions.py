@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from hesscale_fx.errors import CaptureError
+from hesscale_fx.errors import MESSAGE, CaptureError
 
 # Reads that turn tensor values into Python values: where they live and under which name.
 READS = (
@@ -43,7 +43,6 @@ READS = (
 ARRAYS = ("numpy", "__array__")
 TORCH = os.path.dirname(torch.__file__)
 HERE = os.path.dirname(__file__)
-MESSAGE = "hesscale_fx: the captured path does not hold"
 NUMPY = (
     "The model turns a tensor that depends on its arguments or parameters into a numpy array, "
     "which no graph can hold.\nWrite that part in torch, or move it out of the model and pass its "

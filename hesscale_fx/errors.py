@@ -7,6 +7,9 @@ import re
 
 import torch.fx
 
+# How the message of an assertion in an emitted graph begins.
+MESSAGE = "hesscale_fx: the captured path does not hold"
+
 
 class HesScaleError(Exception):
     """Base class of every error that hesscale_fx raises on purpose."""

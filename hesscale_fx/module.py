@@ -18,8 +18,7 @@ from hesscale_fx.accumulate import accumulate, clear
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.capture import Captured
-from hesscale_fx.decisions import MESSAGE
-from hesscale_fx.errors import CallError, CallTypeError, NotCapturedError
+from hesscale_fx.errors import MESSAGE, CallError, CallTypeError, NotCapturedError
 from hesscale_fx.every import Schedule, without_curvature
 from hesscale_fx.methods import Exact
 from hesscale_fx.names import CALIBRATION

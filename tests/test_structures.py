@@ -916,6 +916,16 @@ ROW = [
         r(2),
     ),
     case(
+        "_batch_norm_with_update_functional.default",
+        lambda x, w, b: aten._batch_norm_with_update_functional(
+            x, w, b, torch.zeros(2).double(), torch.ones(2).double(), 0.1, 1e-3
+        )[0],
+        r(3, 2),
+        r(2),
+        r(2),
+        twin=lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.1, 1e-3),
+    ),
+    case(
         "_native_batch_norm_legit_functional.default",
         lambda x, w, b: aten._native_batch_norm_legit_functional(
             x, w, b, torch.zeros(2).double(), torch.ones(2).double(), True, 0.1, 1e-3

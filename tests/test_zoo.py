@@ -25,8 +25,6 @@ DEFAULT = {
     "GAN, gradient penalty": "make_fx",
     "PINN, torch.func": "make_fx on values",
 }
-# What no structure covers yet.
-UNSUPPORTED = {"FNet", "FNet by hand", "Normalizing flow", "Gaussian process"}
 
 
 # torch.func.hessian, the first time it runs.
@@ -46,11 +44,24 @@ def test_model(name):
     row = measure(name, samples=2, seconds=0)
     if "ModuleNotFoundError" in row.failure:
         pytest.skip("needs the extra `models`")
-    if name in UNSUPPORTED and "UnsupportedOperatorError" in row.failure:
-        pytest.xfail(row.failure)
     assert not row.failure
     assert row.right, row
     assert row.dynamic != "WRONG"
+
+
+def test_lengths_of_packed_sequences_are_fixed_but_not_their_order():
+    torch.manual_seed(0)
+    case = CASES["GRU on packed sequences"]()
+    x, lengths, y = case.args
+    hs = hesscale_fx.transform(case.model, case.loss, case.args)
+    assert hs.report().way == "make_fx on values"
+    order = torch.tensor([2, 0, 1])
+    out = hs(x, lengths[order], y)
+    loss, grads = autograd(case.model, case.loss, (x, lengths[order]), (y,))
+    assert torch.allclose(out.loss, loss, rtol=1e-12)
+    assert all(torch.allclose(out.grads[n], g, rtol=1e-9) for n, g in grads.items())
+    with pytest.raises(hesscale_fx.HesScaleError, match="does not hold"):
+        hs(x, lengths - 1, y)
 
 
 class Branch(nn.Module):

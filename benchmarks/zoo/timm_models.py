@@ -33,7 +33,6 @@ add("ResNet, test size", "test_resnet", 32)
 add("ResNeXt", "resnext26ts", 32)
 add("SE-ResNet", "seresnet18", 32)
 add("DenseNet", "densenet121", 32, growth_rate=4, block_config=(2, 2))
-add("VGG", "vgg11_bn", 32)
 add("Inception v3", "inception_v3", 96)
 add("MobileNetV2", "mobilenetv2_035", 32)
 add("MobileNetV3", "mobilenetv3_small_050", 32)
@@ -89,5 +88,7 @@ small("ResMLP", lambda m: m.MlpMixer(**MIXER, mlp_ratio=4, block_layer=m.mlp_mix
       norm_layer=m.mlp_mixer.Affine), 16)  # fmt: skip
 small("PoolFormer", lambda m: m.MetaFormer(depths=(1, 1), dims=(4, 8), num_classes=3,
       token_mixers=m.metaformer.Pooling), 32)  # fmt: skip
+small("VGG", lambda m: m.VGG([8, "M", 16, "M"], num_classes=3, mlp_ratio=0.005,
+      norm_layer=nn.BatchNorm2d), 32)  # fmt: skip
 small("FocalNet", lambda m: m.FocalNet(num_classes=3, embed_dim=8, depths=(1, 1),
       focal_levels=(2, 2), focal_windows=(3, 3)), 32)  # fmt: skip

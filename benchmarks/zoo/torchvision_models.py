@@ -49,8 +49,6 @@ def square(n: int) -> tuple[int, int, int]:
 
 
 add("ResNet-18", "resnet18", square(32))
-add("VGG-11", "vgg11", square(32))
-add("AlexNet", "alexnet", square(64))
 add("SqueezeNet", "squeezenet1_1", square(32))
 add("GoogLeNet", "googlenet", square(64), with_auxiliary, init_weights=False, aux_logits=True)
 add("MobileNetV2", "mobilenet_v2", square(32), width_mult=0.25)
@@ -85,6 +83,18 @@ def _convnext(models: Any) -> nn.Module:
     return models.ConvNeXt([block(8, 16, 1), block(16, None, 1)], num_classes=3)
 
 
+def _head(net: nn.Module, width: int) -> nn.Module:
+    """In place of three layers of 4096."""
+    net.classifier = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
+    return net
+
+
+small(
+    "VGG",
+    lambda m: _head(m.VGG(m.vgg.make_layers([8, "M", 16, "M"]), init_weights=False), 16 * 49),
+    square(32),
+)
+small("AlexNet", lambda m: _head(m.AlexNet(), 256 * 36), square(64))
 small("ConvNeXt", _convnext, square(32))
 small(
     "Inception v3",

@@ -9,8 +9,6 @@ path sum is exponential-linear in log_p, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hesscale_fx.structures.base import Call, Tensors, mul, widen
+from hesscale_fx.structures.whole import replaces
 
 NONE, MEAN = 0, 1
 
@@ -43,31 +42,22 @@ def _(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, *rest: Any) -> 
     return log_probs.new_empty(batch if rest[2] == NONE else ())
 
 
-@contextmanager
-def captured_whole() -> Iterator[None]:
-    """Let a traced model call the operator above, whose shapes do not depend on data."""
-    original = torch.ctc_loss
-
-    def whole(
-        log_probs: Tensor,
-        targets: Tensor,
-        input_lengths: Any,
-        target_lengths: Any,
-        blank: int = 0,
-        reduction: int = MEAN,
-        zero_infinity: bool = False,
-    ) -> Tensor:
-        lengths = [
-            v if isinstance(v, Tensor) else torch.tensor(v, device=log_probs.device)
-            for v in (input_lengths, target_lengths)
-        ]
-        return ctc_loss(log_probs, targets, *lengths, blank, reduction, zero_infinity)
-
-    torch.ctc_loss = whole
-    try:
-        yield
-    finally:
-        torch.ctc_loss = original
+@replaces(torch, "ctc_loss")
+def whole(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int = MEAN,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """torch.ctc_loss by the operator above, whose shapes do not depend on data."""
+    lengths = [
+        v if isinstance(v, Tensor) else torch.tensor(v, device=log_probs.device)
+        for v in (input_lengths, target_lengths)
+    ]
+    return ctc_loss(log_probs, targets, *lengths, blank, reduction, zero_infinity)
 
 
 def recursion(

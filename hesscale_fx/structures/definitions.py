@@ -272,6 +272,13 @@ def batch_norm(
     return affine(y, per_channel(weight, x), per_channel(bias, x)), None, None, None, None
 
 
+@defines(aten._batch_norm_with_update_functional.default)
+def batch_norm_with_update(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Any:
+    return (*batch_norm(x, weight, bias, mean, var, True, momentum, eps)[:1], *[None] * 5)
+
+
 @defines(aten._native_batch_norm_legit.no_stats)
 def batch_norm_no_stats(
     x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float

@@ -62,7 +62,7 @@ class Region:
     def __post_init__(self) -> None:
         if any(n.target in table.REDUCTIONS for n in self.nodes):
             self.name = "row"
-        elif all(n.target in table.VIEWS for n in self.nodes):
+        elif all(n.target in table.VIEWS or n.target in table.CHOICES for n in self.nodes):
             self.name = "selection"
         else:
             self.name = "diagonal"
@@ -266,7 +266,10 @@ class RegionAt:
             for node, weight in zip(self.region.outputs, weights, strict=True):
                 if weight is not None:
                     f = self._linearized(node, True)
-                    found.append(mul(self._first(f, u), self._first(f, v), weight))
+                    if self.region.name == "selection":  # then u is v
+                        found.append(_pulled(f.value, f.variables.get(v), weight))
+                    else:
+                        found.append(mul(self._first(f, u), self._first(f, v), weight))
             return [t for t in found if t is not None]
 
         return self._diagonal(entries)
@@ -503,6 +506,19 @@ def derivative(y: Tensor | None, x: Tensor | None) -> Tensor | None:
             y, x, torch.ones_like(y), create_graph=True, retain_graph=True, allow_unused=True
         )
     return or_none(d)
+
+
+def _pulled(y: Tensor | None, x: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``J^T weight`` of entries 0 and 1, which squaring does not change.
+
+    What a mask hides does not count even if it is infinite, as it does not for the gradient.
+    """
+    if y is None or x is None or not y.requires_grad:
+        return None
+    weight = weight.to(y.dtype)
+    weight = weight if _same(weight.shape, y.shape) else weight.expand(y.shape)
+    (found,) = torch.autograd.grad(y, x, weight, retain_graph=True, allow_unused=True)
+    return or_none(found)
 
 
 def is_constant(node: fx.Node) -> bool:

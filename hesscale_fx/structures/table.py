@@ -15,9 +15,11 @@ from torch import Tensor
 from hesscale_fx.structures import definitions, recurrent  # noqa: F401  (registers definitions)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
+from hesscale_fx.structures.byindex import index_reduce, scatter_reduce
 from hesscale_fx.structures.columns import Columns
 from hesscale_fx.structures.contraction import Contraction, Trilinear, trilinear
 from hesscale_fx.structures.ctc import CTC, recursion
+from hesscale_fx.structures.lstsq import by_pinv
 from hesscale_fx.structures.selection import (
     ManyToOne,
     ScaledSelection,
@@ -163,18 +165,22 @@ OF_MATRICES = packets(
 # matrices or of one with itself, products by index, differences between all pairs of rows.
 OF_TENSORS = packets(
     "linalg_multi_dot", "chain_matmul", "linalg_tensorinv", "linalg_tensorsolve", "cov",
-    "corrcoef", "linalg_vander", "logcumsumexp", "index_reduce", "scatter_reduce",
-    "quantile", "nanquantile", "grid_sampler_2d", "grid_sampler_3d",
-    "renorm",
+    "corrcoef", "linalg_vander", "logcumsumexp", "quantile", "nanquantile",
+    "grid_sampler_2d", "grid_sampler_3d", "renorm",
 )  # fmt: skip
 
-# One of ours, one that torch cannot trace with symbolic sizes, one that it decomposes wrongly.
+# Two of ours, one that torch cannot trace with symbolic sizes, one that it decomposes wrongly.
 IMPLEMENTATIONS: dict[Any, Callable] = {
     torch.ops.hesscale_fx.ctc_loss.default: recursion,
+    torch.ops.hesscale_fx.lstsq.default: by_pinv,
     aten._trilinear.default: trilinear,
     aten.multilabel_margin_loss.default: definitions.multilabel_margin_loss,
 }
-TWINS: dict[Any, Callable] = {aten.embedding_bag.padding_idx: written_out}
+TWINS: dict[Any, Callable] = {
+    aten.embedding_bag.padding_idx: written_out,
+    aten.scatter_reduce.two: scatter_reduce,
+    aten.index_reduce.default: index_reduce,
+}
 
 TABLE: dict[Any, Structure] = {
     **{op: Selection() for op in SELECTION},
@@ -187,11 +193,13 @@ TABLE: dict[Any, Structure] = {
     aten._trilinear.default: Trilinear(),
     aten.embedding_bag.padding_idx: EmbeddingBag(),
     torch.ops.hesscale_fx.ctc_loss.default: CTC(),
+    torch.ops.hesscale_fx.lstsq.default: Columns(core=2, implementation=by_pinv),
     **SCALED,
     **SEPARABLE,
     **{op: Columns(linear=True, name="linear map") for op in LINEAR_MAPS},
     **{op: Columns(core=2) for op in OF_MATRICES},
-    **{op: Columns() for op in OF_TENSORS if op not in TIES},
+    **{op: Columns() for op in OF_TENSORS},
+    aten.index_reduce.default: Columns(implementation=index_reduce),
     **{op: Columns(linear=True, accepts=adds_or_chooses) for op in packets("segment_reduce")},
     **{op: Columns(implementation=pair_distances) for op in packets("_pdist_forward")},
     # Linear but for kinks, in each row alone.
@@ -224,6 +232,8 @@ POINTWISE = {
     aten.where.ScalarOther, *packets("rsub", "polar"),
 }  # fmt: skip
 
+# Of the pointwise: each output element is one element of an operand, or none.
+CHOICES = set(packets("where", "masked_fill"))
 # Of the pointwise: jointly linear in their differentiated operands, and 0/1 in each alone.
 LINEAR_POINTWISE = set(packets("add", "sub", "neg", "rsub", "where", "masked_fill", "positive"))
 PRODUCTS = set(packets("mul", "div"))  # linear if only the first operand is differentiated
@@ -289,7 +299,7 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
     accepts = getattr(structure, "accepts", None)
     if accepts is None or accepts(args, kwargs or {}):
         return structure
-    return Columns()
+    return Columns(implementation=TWINS.get(op))
 
 
 def any_complex(tree: Any) -> bool:
