@@ -426,8 +426,16 @@ _CONTRACTIONS = {
     "embedding_bag",
     "conv_tbc",
 }
-# A unit of its own: linear, or linear between kinks, and mixing neighbours; and CTC.
+# A unit of its own: linear, or linear between kinks, and mixing neighbours; CTC, and what has a
+# dense Jacobian of its own (linear algebra, products along an axis).
 _MIXING = {
+    "linalg_cholesky",
+    "linalg_cholesky_ex",
+    "linalg_solve_triangular",
+    "cumprod",
+    "index_add",
+    "scatter_add",
+    "index_put",
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
