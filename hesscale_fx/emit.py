@@ -6,6 +6,7 @@ graph wherever it occurs; every node remembers where it came from.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,7 +116,8 @@ class Emission:
         self._write_buffers()
         self._graph.output((self._values[loss], found["grad"], found["hess"]))
         generated = {n for n, o in self._origin.items() if o.role != "forward"}
-        simplify(self._graph, generated)
+        for moved, before in simplify(self._graph, generated).items():
+            self._origin[moved] = dataclasses.replace(self._origin[before], is_result=False)
         self._mark_outputs(outputs)
         rename(self._graph, self._origin)
         annotate(self._graph, self._origin)

@@ -177,8 +177,12 @@ def written_to(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
-    """Fold and merge; forward nodes may serve for generated ones, never the other way round."""
+def simplify(graph: fx.Graph, generated: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Fold and merge; forward nodes may serve for generated ones, never the other way round.
+
+    Returns:
+        The nodes that moved forward, each with the first node that needs it there.
+    """
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             # Strides at run time need not be those that the tracer saw.
@@ -201,9 +205,13 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> None:
         if replacement is not None and replacement is not node:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
+    moved = {}
     for node in [n for n in graph.nodes if n in generated]:
-        share_square(node)
+        square = share_square(node)
+        if square is not None:
+            moved[square] = node
     graph.eliminate_dead_code()
+    return moved
 
 
 def expand_numel(graph: fx.Graph, node: fx.Node) -> None:
@@ -300,21 +308,28 @@ def accumulate(graph: fx.Graph, node: fx.Node) -> None:
             return
 
 
-def share_square(node: fx.Node) -> None:
-    """The square of a reshaped tensor is the reshaped square, where that is needed as well."""
+def share_square(node: fx.Node) -> fx.Node | None:
+    """The square of a reshaped tensor is the reshaped square, where that is needed as well.
+
+    Returns:
+        The square, if it had to move before `node`.
+    """
     view: Any = node.args[0] if node.target is aten.mul.Tensor else None
     if not isinstance(view, fx.Node) or node.args != (view, view):
-        return
+        return None
     whole: Any = view.args[0] if view.target is aten.reshape.default else view
     while whole.target is aten.expand.default and same_type(whole, whole.args[0]):
         whole = whole.args[0]
     square = next(
         (u for u in whole.users if u.target is node.target and u.args == (whole, whole)), node
     )
-    if square is not node and whole is not view:
-        if node < square:
-            node.prepend(square)
-        node.target, node.args = view.target, (square, *view.args[1:])
+    if square is node or whole is view:
+        return None
+    moves = node < square
+    if moves:
+        node.prepend(square)
+    node.target, node.args = view.target, (square, *view.args[1:])
+    return square if moves else None
 
 
 def multiply_and_add(node: fx.Node) -> None:

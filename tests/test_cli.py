@@ -112,7 +112,7 @@ def test_options_reach_transform(net):
     result = run("report", f"{net}:make", *CLASSIFY, "--method", "hesscale_gn", "--wrt", "2")
     assert "Gauss-Newton: 2 of 2" in result.output
     result = run("report", f"{net}:make", *CLASSIFY, "--columns", "1")
-    assert "0 of 4 diagonals are exact" in result.output  # by random signs
+    assert "the root of its Hessian at the output" in result.output
     inverse = ("report", f"{net}:inverse", "--input", "70,8")
     assert run(*inverse).exit_code == UNSUPPORTED
     assert run(*inverse, "--fallback", "estimate").exit_code == OK
