@@ -818,4 +818,4 @@ def write_repeated(graph: fx.Graph) -> None:
     values = [n.meta["val"] for n in graph.nodes if n.target in repeated]
     if values:
         with no_autocast():
-            write_in(graph, repeated, detect_fake_mode(pytree.tree_leaves(values)))
+            write_in(graph, repeated, detect_fake_mode(values))
