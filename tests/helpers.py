@@ -49,3 +49,14 @@ def some(values, every):
     """Every so many by default, all of them under `-m slow`."""
     for i, value in enumerate(values):
         yield pytest.param(value, marks=() if i % every == 0 else pytest.mark.slow)
+
+
+class Counting:
+    """A backend that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward

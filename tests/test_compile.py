@@ -14,23 +14,12 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 import hesscale_fx
-from tests.helpers import assert_close
+from tests.helpers import Counting, assert_close
 
 LOSS = nn.CrossEntropyLoss()
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
 )
-
-
-class Counting:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 import hesscale_fx
 from hesscale_fx.optim import AdaHesScale, Sophia
+from tests.helpers import Counting
 
 aten = torch.ops.aten
 LOSS = nn.CrossEntropyLoss()
@@ -193,17 +194,6 @@ def test_sophia_refreshes_and_others_refuse():
 
 
 # ------------------------------------------------------------------ compiled
-
-
-class Counting:
-    """A backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
 
 
 def test_two_graphs_are_compiled_whatever_the_count(transformed):

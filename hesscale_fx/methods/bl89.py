@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hesscale_fx.errors import UnsupportedOperatorError
-from hesscale_fx.methods.base import Flow, Method, Place, sums
+from hesscale_fx.methods.base import Flow, Method, Place
 from hesscale_fx.structures import Evaluation
+from hesscale_fx.structures.base import recursion
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,4 @@ class BL89(Method):
                     "F.cross_entropy, or use method='hesscale'."
                 )
             return elementwise(y["hess"], y["grad"])
-        return sums(at.squared_vjp(y["hess"]), at.curvature(y["grad"]))
+        return recursion(at, y["hess"], y["grad"])
