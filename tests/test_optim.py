@@ -460,7 +460,7 @@ def test_compiled_and_scheduled_without_compiling_again(kind, tensor):
 )
 def test_scaling_compiled_around_any_optimizer(kind, options):
     torch.compiler.reset()
-    # Without the scalar: torch's own SGD and Adam, compiled, leave it behind in a first step (2.13).
+    # Without the scalar, which torch's own SGD and Adam, compiled, leave behind at first (2.13).
     params, again = parameters()[:2], parameters()[:2]
     optimizer = StepSizeScaling(kind(params, lr=0.1, **options), delta=1e-4)
     eager = StepSizeScaling(kind(again, lr=0.1, **options), delta=1e-4)

@@ -39,7 +39,8 @@ class StepSizeScaling(Optimizer):
 
     It is an optimizer itself: give it to learning-rate schedulers, step it, save and load it in
     place of the wrapped one, whose groups it shares. A step without a diagonal goes on with the
-    running curvature; the first step of a parameter needs one.
+    running curvature; the first step of a parameter needs one. On the CPU it keeps memory for
+    another copy of the parameters, and its step compiles to several graphs.
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
