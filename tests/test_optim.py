@@ -16,7 +16,7 @@ from torch import nn
 
 import hesscale_fx
 from hesscale_fx.errors import HesScaleError
-from hesscale_fx.optim import AdaHesScale, AdaHesScaleGN, Sophia, StepSizeScaling, scaling
+from hesscale_fx.optim import AdaHesScale, AdaHesScaleGN, Sophia, StepSizeScaling
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = torch.load(FOLDER / "official_adahesscale.pt", weights_only=True)
@@ -183,18 +183,6 @@ def test_scaling_without_curvature_or_step_is_not_nan():
     before = [p.detach().clone() for p in params]
     assert all(torch.equal(a, b) for a, b in zip(run(optimizer, params, [0]), before, strict=True))
     assert optimizer.scale == 1
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_scaling_in_pieces_is_the_same(monkeypatch, transposed):
-    p = torch.randn(7, 5, dtype=torch.float64)
-    params = [nn.Parameter(p.t() if transposed else p)]
-    again = [nn.Parameter(params[0].detach().clone())]
-    want = run(StepSizeScaling(torch.optim.SGD(params, lr=0.1), delta=1e-4), params, range(3))
-    monkeypatch.setattr(scaling, "PIECE", 9)
-    got = run(StepSizeScaling(torch.optim.SGD(again, lr=0.1), delta=1e-4), again, range(3))
-    assert len(list(scaling.pieces(params[0]))) > 3
-    assert_same(got, want, 1e-14)
 
 
 def test_scaling_after_the_dtype_of_a_parameter_has_changed():
