@@ -19,8 +19,10 @@ DEFINITIONS: dict[Any, Callable[..., Any]] = {}
 # Definitions that replace the operator at capture: they contain contractions or selections, which
 # a region does not.
 AT_CAPTURE: dict[Any, Callable[..., Any]] = {}
-# Of those, the ones that models repeat so often that they are written in after the others.
-REPEATED = {aten.scaled_dot_product_attention.default}
+# What models repeat so often that it is written in after the others -> whose definition it has.
+REPEATED: dict[Any, Any] = {
+    aten.scaled_dot_product_attention.default: aten.scaled_dot_product_attention.default
+}
 # Their definition reads other outputs of the call (a drawn mask), passed as the keyword `saved`.
 READS_OUTPUTS: set[Any] = set()
 # Their definition holds for some calls only; asked with the call's arguments.
