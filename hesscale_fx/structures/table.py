@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_fx.structures import definitions, layers, recurrent  # noqa: F401  (registers definitions)
+from hesscale_fx.structures import (  # noqa: F401  (they register definitions)
+    definitions,
+    recurrent,
+    recurrent_whole,
+)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.byindex import index_reduce, scatter_reduce
