@@ -89,6 +89,7 @@ class KeptWhole(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with disable_proxy_modes_tracing():
             if func is linear:
+                args = tuple(a for a in args if a is not None)
                 target, value = aten.linear.default, func(*args)
             else:
                 target, value = func, tuple(s.new_empty(s.shape) for s in args[1])
