@@ -76,8 +76,10 @@ def _write(
 
 
 class KeptWhole(TorchFunctionMode):
-    """What a trace of a definition keeps in one call: linear layers, which PyTorch's dispatcher
-    would take apart (and fold their leading dimensions into one), and steps."""
+    """What a trace of a definition keeps in one call: linear layers and steps.
+
+    PyTorch's dispatcher takes a linear layer apart and folds its leading dimensions into one.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -88,12 +90,11 @@ class KeptWhole(TorchFunctionMode):
         if func is not linear and func not in STEPS:
             return func(*args, **(kwargs or {}))
         with disable_proxy_modes_tracing():
-            if func is linear:
-                args = tuple(a for a in args if a is not None)
-                target, value = aten.linear.default, func(*args)
-            else:
-                target, value = func, tuple(s.new_empty(s.shape) for s in args[1])
-        return self._tracer.record(target, args, value)
+            if func is not linear:
+                state = tuple(s.new_empty(s.shape) for s in args[1])
+                return self._tracer.record(func, args, state)
+            args = tuple(a for a in args if a is not None)
+            return self._tracer.record(aten.linear.default, args, linear(*args))
 
 
 def layout(value: Tensor) -> list[int]:

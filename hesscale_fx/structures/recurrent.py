@@ -56,9 +56,8 @@ def layer(
     projected = linear(x, w_ih, rest[0] if biased else None)
     inner = [w_hh, *(rest[1:] if biased else rest)]
     outputs = []
-    times = range(x.shape[0])
-    for t in reversed(times) if backward else times:
-        state = step(projected[t], state, inner)
+    for at in reversed(projected.unbind()) if backward else projected.unbind():
+        state = step(at, state, inner)
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backward else outputs), state
 

@@ -68,8 +68,10 @@ def states_of(hx: Any) -> list[Tensor]:
 
 
 def is_plain(x: Tensor, hx: Any, params: Any, *options: Any, **kwargs: Any) -> bool:
-    """Whether a call is what the operator writes out: valid, not packed, without autocast or
-    torch.func around it. What else than the batch could be a symbol is fixed, as the steps do."""
+    """Whether a call is one that is written out: valid, not packed, no autocast or torch.func.
+
+    Sizes other than the batch's are fixed, as the steps would.
+    """
     if len(options) != 6 or kwargs or not isinstance(options[0], bool):
         return False  # of packed sequences, or by names
     states, batch_first = states_of(hx), options[-1]
