@@ -350,7 +350,7 @@ class Partition:
 
     def _find_coupled(self, component: list[fx.Node], groups: Groups) -> None:
         if not any(n.target in table.REDUCTIONS for n in component):
-            return
+            return  # nothing couples along an axis
         axes = Axes()
         for node in component:
             assign(node, axes, strict=False)

@@ -57,7 +57,7 @@ def stands_for(name: str) -> None:
     REPEATED[getattr(torch.ops.hesscale_fx, name).default] = op
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (whole if is_plain(*args, **kwargs) else function)(*args, **kwargs)
+        return (whole if is_plain(args, kwargs) else function)(*args, **kwargs)
 
     replaces_in_export(function, call)
     replaces_in_export(op, call)
@@ -67,14 +67,15 @@ def states_of(hx: Any) -> list[Tensor]:
     return [hx] if isinstance(hx, Tensor) else list(hx)
 
 
-def is_plain(x: Tensor, hx: Any, params: Any, *options: Any, **kwargs: Any) -> bool:
+def is_plain(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call is one that is written out: valid, not packed, no autocast or torch.func.
 
     Sizes other than the batch's are fixed, as the steps would.
     """
-    if len(options) != 6 or kwargs or not isinstance(options[0], bool):
+    if len(args) != 9 or kwargs or not isinstance(args[3], bool):
         return False  # of packed sequences, or by names
-    states, batch_first = states_of(hx), options[-1]
+    x, hx, params, batch_first = *args[:3], args[-1]
+    states = states_of(hx)
     tensors = [x, *states, *params]
     if torch.is_autocast_enabled(x.device.type) or _functorch.peek_interpreter_stack() is not None:
         return False
