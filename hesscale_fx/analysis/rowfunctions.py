@@ -1,4 +1,4 @@
-"""Recognize softmax, log-softmax, layer norm and rms norm, however they are spelled.
+"""Recognize softmax, log-softmax, layer norm, rms norm and shares, however they are spelled.
 
 As in `recognize`, by values: a region of analytic functions is compared with the named ones, to
 rounding, at random rows of the size that the model has (or of two sizes, where that is a symbol).
@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -30,21 +32,72 @@ ANALYTIC = recognize.ANALYTIC | {
 }  # fmt: skip
 SIZES = (5, 7)  # of an axis of a row whose size is a symbol
 OTHERS = 2  # entries of every axis that is not of the row
-SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda x: torch.softmax(x, -1),
-    "log_softmax": lambda x: torch.log_softmax(x, -1),
-}
-# What rows are drawn from: scale and shift of a normal distribution.
-SOFTMAX_ROWS = ((2, 0), (2, -50), (2, 50), (40, 0))
-# A node of these powers is the reciprocal of the standard deviation.
+# A row is the drawn normal numbers times a scale plus a shift, or the exponential of that.
+Draw = tuple[float, float, bool]
+ANY: tuple[Draw, ...] = ((2, 0, False), (2, -50, False), (2, 50, False), (40, 0, False))
+POSITIVE: tuple[Draw, ...] = ((1, 0, True), (1, -40, True), (1, 40, True), (9, 0, True))
+# Of a node that gives the factor of a row.
 POWERS = (1.0, -1.0, -0.5)
+
+
+@dataclass(frozen=True)
+class RowFunction:
+    """A function of rows in the last dimension.
+
+    Attributes:
+        name: as in `Spelled`.
+        value: the function.
+        draws: rows at which it is told from others.
+        factor: a number for each row that its closed form needs.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    draws: tuple[Draw, ...]
+    factor: Callable[[Tensor], Tensor] | None = None
+
+
+def total(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True)
+
+
+def mean(x: Tensor) -> Tensor:
+    return x.mean(-1, keepdim=True)
+
+
+PLAIN = [
+    RowFunction("softmax", lambda x: torch.softmax(x, -1), ANY),
+    RowFunction("log_softmax", lambda x: torch.log_softmax(x, -1), ANY),
+    RowFunction("share", lambda x: x / total(x), POSITIVE, lambda x: 1 / total(x)),
+]
+
+
+def norms(eps: float) -> list[RowFunction]:
+    """The layer norm and the rms norm without weights."""
+    draws = ((2.0, 0.0, False), (2.0, 1.0, False), (math.sqrt(eps) or 1.0, 0.0, False))
+
+    def rms(x: Tensor) -> Tensor:
+        return (mean(x * x) + eps).rsqrt()
+
+    def deviations(x: Tensor) -> Tensor:
+        return x - mean(x)
+
+    return [
+        RowFunction(
+            "layer_norm",
+            lambda x: deviations(x) * rms(deviations(x)),
+            draws,
+            lambda x: rms(deviations(x)),
+        ),
+        RowFunction("rms_norm", lambda x: x * rms(x), draws, rms),
+    ]
 
 
 def recognize_row(region: Region) -> Spelled | None:
     """The row function that a region computes of its one input, or None."""
-    if region.name != "row" or not all(may_be_row_function(n, region) for n in region.nodes):
+    if region.name != "row" or len(region.inputs) != 1 or len(region.outputs) != 1:
         return None
-    if len(region.inputs) != 1 or len(region.outputs) != 1:
+    if not all(may_be_row_function(n, region) for n in region.nodes):
         return None
     (x,), (y,) = region.inputs, region.outputs
     every = sorted(region.order)
@@ -53,50 +106,25 @@ def recognize_row(region: Region) -> Spelled | None:
     if all(region.sizes.get(a) == 1 for a in region.row) or wide(dtype_of(x)) != dtype_of(x):
         return None
     samples = list(samples_of(region))
-    for name, function in SOFTMAXES.items():
-        if all(s.computes(function, *rows) for s in samples for rows in SOFTMAX_ROWS):
-            return Spelled(name)
-    return recognize_norm(region, samples)
-
-
-def recognize_norm(region: Region, samples: list[Sample]) -> Spelled | None:
-    """With every number in the region for the one that is added to the variance."""
-    for eps in numbers_of(region):
-        rows = [(2.0, 0.0), (2.0, 1.0)] + ([(math.sqrt(eps), 0.0)] if eps else [])
-        for name, centred in (("layer_norm", True), ("rms_norm", False)):
-            norm = Norm(centred, eps)
-            if all(s.computes(norm.value, *at) for s in samples for at in rows):
-                found = deviation(region, [s.at(*at) for s in samples for at in rows], norm)
-                return None if found is None else Spelled(name, *found)
+    functions = PLAIN + [f for eps in numbers_of(region) for f in norms(eps)]
+    for function in functions:
+        points = [s.at(draw) for s in samples for draw in function.draws]
+        if all(agree(p.y, function.value(p.x)) for p in points):
+            return spelled(function, region, points)
     return None
 
 
-def deviation(region: Region, points: list[At], norm: Norm) -> tuple[fx.Node, float] | None:
-    """The node of the forward whose power is the reciprocal of the standard deviation."""
+def spelled(function: RowFunction, region: Region, points: list[At]) -> Spelled | None:
+    """With the node that gives the factor; None if it has one that no node gives."""
+    if function.factor is None:
+        return Spelled(function.name)
+    factors = [function.factor(p.x) for p in points]
+    nodes = [n for n in region.nodes if region.row.isdisjoint(sum(region.dims[n], []))]
     for power in POWERS:
-        for node in region.nodes:
-            if region.row.isdisjoint(sum(region.dims[node], [])) and all(
-                agree(p.row_value(node) ** power, norm.reciprocal(p.x)) for p in points
-            ):
-                return node, power
+        for node in nodes:
+            if all(agree(p.rows(node) ** power, f) for p, f in zip(points, factors, strict=True)):
+                return Spelled(function.name, node, power)
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """A layer norm or an rms norm without weights, of rows in the last dimension."""
-
-    centred: bool
-    eps: float
-
-    def _deviations(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
-
-    def reciprocal(self, x: Tensor) -> Tensor:
-        return (self._deviations(x).square().mean(-1, keepdim=True) + self.eps).rsqrt()
-
-    def value(self, x: Tensor) -> Tensor:
-        return self._deviations(x) * self.reciprocal(x)
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:
@@ -141,45 +169,48 @@ class Sample:
     """A region of known sizes, at rows to draw."""
 
     def __init__(self, region: Region) -> None:
-        self.region = region
-        self._points: dict[tuple[float, float], At] = {}
+        self._region = region
+        self._points: dict[Draw, At] = {}
 
-    def at(self, scale: float, shift: float) -> At:
-        if (scale, shift) not in self._points:
-            self._points[scale, shift] = At(self.region, scale, shift)
-        return self._points[scale, shift]
-
-    def computes(self, function: Callable[[Tensor], Tensor], scale: float, shift: float) -> bool:
-        """Whether the region is the function, of rows in the last dimension."""
-        at = self.at(scale, shift)
-        return agree(at.y, function(at.x))
+    def at(self, draw: Draw) -> At:
+        if draw not in self._points:
+            self._points[draw] = At(self._region, draw)
+        return self._points[draw]
 
 
 class At:
     """A region's values at drawn rows, with these in the last dimension."""
 
-    def __init__(self, region: Region, scale: float, shift: float) -> None:
+    def __init__(self, region: Region, draw: Draw) -> None:
         self._region = region
         self._generator = torch.Generator().manual_seed(0)
         (source,), (output,) = region.inputs, region.outputs
-        self._known = {source: scale * self._draw(source) + shift}
+        scale, shift, positive = draw
+        drawn = scale * self._normal(source) + shift
+        self._known = {source: drawn.exp() if positive else drawn}
         self._rule = RegionAt(region, self._value, lambda inputs: [])
-        self.x, self.y = self.row_value(source), self.row_value(output)
+        self.x = self.rows(source)
+        self._output = output
 
-    def _draw(self, node: fx.Node) -> Tensor:
+    @cached_property
+    def y(self) -> Tensor:
+        return self.rows(self._output)
+
+    def _normal(self, node: fx.Node) -> Tensor:
         sizes = self._region.sizes
         shape = [math.prod(sizes[a] for a in dim) for dim in self._region.dims[node]]
         return torch.randn(shape, generator=self._generator, dtype=torch.float64)
 
     def _value(self, node: fx.Node) -> Tensor:
         if node not in self._known:
-            self._known[node] = self._draw(node)
+            self._known[node] = self._normal(node)
         return self._known[node]
 
-    def row_value(self, node: fx.Node) -> Tensor:
-        rows = [i for i, a in enumerate(self._region.order) if a in self._region.row]
-        others = [i for i in range(len(self._region.order)) if i not in rows]
-        return self._rule.value(node).permute(*others, *rows).flatten(len(others))
+    def rows(self, node: fx.Node) -> Tensor:
+        order, row = self._region.order, self._region.row
+        inner = [i for i, a in enumerate(order) if a in row]
+        outer = [i for i, a in enumerate(order) if a not in row]
+        return self._rule.value(node).permute(*outer, *inner).flatten(len(outer))
 
 
 def agree(a: Tensor, b: Tensor) -> bool:

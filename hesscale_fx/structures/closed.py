@@ -94,14 +94,15 @@ class Named(ClosedForm):
     """A pointwise operator of one tensor, by autograd's formulas for it."""
 
     def prepare(self, x: Tensor, **options: Any) -> None:
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            self.first = derivative(self.call.op(x, **options), x)
-            self.second = derivative(self.first, x)
+        self.x, self.options = x, options
 
     def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
-        assert self.first is not None
-        return {0: add(mul(self.first * self.first, s), mul(self.second, g))}
+        x = self.x.detach().requires_grad_()
+        with torch.enable_grad():
+            first = derivative(self.call.op(x, **self.options), x)
+            second = derivative(first, x)
+        assert first is not None
+        return {0: add(mul(first * first, s), mul(second, g))}
 
 
 @closed_form(aten.softmax.int, aten._softmax.default)

@@ -1,7 +1,12 @@
 """The rule of a region that is a spelling of a row function with a closed form.
 
-The closed form is of the function's value, which the forward has: of a softmax p, of a norm z and
-the standard deviation of each row. So nothing of the spelling is differentiated.
+The closed form is of values that the forward has: those of the function (of a softmax p, of a norm
+z), and one factor for each row (of a norm the reciprocal of the standard deviation). So nothing of
+the spelling is differentiated. Besides those of closed.py there is the share ``y = x / S(x)`` that
+is left of a softmax where only its quotient has branches that meet again, with
+
+    J = (I - y 1^T) / S(x),  (J o J)^T s = (s (1 - 2 y) + S(s y^2)) / S(x)^2,
+    curvature = -2 dL/dx / S(x).
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hesscale_fx.structures.base import Tensors
+from hesscale_fx.structures.base import Tensors, add, mul
 from hesscale_fx.structures.closed import ClosedForm, LogSoftmax, Normalization, Softmax
 from hesscale_fx.structures.region import Region, RegionAt
 
@@ -24,13 +29,34 @@ aten = torch.ops.aten
 class Spelled:
     """What a region computes of its one input.
 
-    Of a norm also a node of the region that gives the reciprocal of the rows' standard deviations,
-    to some power.
+    Attributes:
+        name: ``"softmax"``, ``"log_softmax"``, ``"layer_norm"``, ``"rms_norm"`` or ``"share"``.
+        node: a node of the region that gives the factor of each row, ...
+        power: ... to this power.
     """
 
-    name: str  # softmax, log_softmax, layer_norm or rms_norm
-    deviation: fx.Node | None = None
+    name: str
+    node: fx.Node | None = None
     power: float = 1.0
+
+
+class SpelledShare(ClosedForm):
+    """Of the shares y and the reciprocal r of the sum."""
+
+    def __init__(self, y: Tensor, rows: list[int], r: Tensor) -> None:
+        self.active = [0]
+        self.y, self.rows, self.r = y, rows, r
+
+    def slope(self, g: Tensor | None) -> Tensor | None:
+        return None if g is None else (g - (g * self.y).sum(self.rows, keepdim=True)) * self.r
+
+    def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
+        bent = mul(self.slope(g), -2 * self.r)
+        if s is None:
+            return {0: bent}
+        weighted = s * self.y
+        inner = s - 2 * weighted + (weighted * self.y).sum(self.rows, keepdim=True)
+        return {0: add(inner * (self.r * self.r), bent)}
 
 
 class SpelledSoftmax(Softmax):
@@ -111,9 +137,11 @@ class SpelledAt(RegionAt):
             return SpelledSoftmax(value, rows)
         if spelled.name == "log_softmax":
             return SpelledLogSoftmax(value, rows)
-        assert spelled.deviation is not None
-        r = self._forward(spelled.deviation)
+        assert spelled.node is not None
+        r = self._forward(spelled.node)
         r = {1.0: r, -1.0: r.reciprocal(), -0.5: r.rsqrt()}[spelled.power]
+        if spelled.name == "share":
+            return SpelledShare(value, rows, r)
         return SpelledNorm(value, rows, r, spelled.name == "layer_norm")
 
     def _forward(self, node: fx.Node) -> Tensor:
