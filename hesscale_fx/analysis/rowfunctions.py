@@ -31,7 +31,9 @@ ANALYTIC = recognize.ANALYTIC | {
     aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default,
 }  # fmt: skip
 SIZES = (5, 7)  # of an axis of a row whose size is a symbol
-OTHERS = 2  # entries of every axis that is not of the row
+OTHERS = 2  # entries of every axis that is not of the row, ...
+LONG = 2**12  # ... one if a row is longer than this
+LONGEST = 2**20  # entries of a row; drawing more would take long
 # A row is the drawn normal numbers times a scale plus a shift, or the exponential of that.
 Draw = tuple[float, float, bool]
 ANY: tuple[Draw, ...] = ((2, 0, False), (2, -50, False), (2, 50, False), (40, 0, False))
@@ -105,6 +107,8 @@ def recognize_row(region: Region) -> Spelled | None:
         return None  # an input that rows share, or an output of one number a row
     if all(region.sizes.get(a) == 1 for a in region.row) or wide(dtype_of(x)) != dtype_of(x):
         return None
+    if math.prod(region.sizes.get(a, 1) for a in region.row) > LONGEST:
+        return None
     samples = list(samples_of(region))
     functions = PLAIN + [f for eps in numbers_of(region) for f in norms(eps)]
     for function in functions:
@@ -159,9 +163,9 @@ def samples_of(region: Region) -> Iterator[Sample]:
     """The region over axes of few entries, but for those of the row."""
     symbolic = any(a not in region.sizes for a in region.row)
     for entries in SIZES if symbolic else SIZES[:1]:
-        sizes = {
-            a: region.sizes.get(a, entries) if a in region.row else OTHERS for a in region.order
-        }
+        row = {a: region.sizes.get(a, entries) for a in region.row}
+        others = OTHERS if math.prod(row.values()) <= LONG else 1
+        sizes = {a: row.get(a, others) for a in region.order}
         yield Sample(dataclasses.replace(region, sizes=sizes))
 
 

@@ -157,8 +157,10 @@ class SpelledAt(RegionAt):
 
     def recursion(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
         """Both terms at once."""
+        if s[0] is None and g[0] is None:
+            return [None]
         arrived = [self._canonical_of(self._y, v) for v in (s[0], g[0])]
-        return self._native(None if arrived == [None, None] else self._rule.both(*arrived)[0])
+        return self._native(self._rule.both(*arrived)[0])
 
     def squared_vjp(self, s: Tensors) -> list[Tensor | None]:
         return self.recursion(s, [None])
