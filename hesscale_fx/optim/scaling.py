@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from hesscale_fx.optim.lookup import (
     restore_curvature,
 )
 
+PIECE = 1 << 17  # elements
+
 
 class StepSizeScaling(Optimizer):
     r"""Scale the whole step of any optimizer by its curvature (Elsayed et al. 2024).
@@ -37,7 +39,8 @@ class StepSizeScaling(Optimizer):
 
     It is an optimizer itself: give it to learning-rate schedulers, step it, save and load it in
     place of the wrapped one, whose groups it shares. A step without a diagonal goes on with the
-    running curvature; the first step of a parameter needs one.
+    running curvature; the first step of a parameter needs one. On the CPU it keeps memory for
+    another copy of the parameters, and its step compiles to several graphs.
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
@@ -92,6 +95,7 @@ class StepSizeScaling(Optimizer):
         self.optimizer = optimizer
         self.delta, self.max_scale, self.beta = delta, max_scale, beta
         self.scale: Tensor | None = None
+        self._before: dict[Tensor, Tensor] = {}
         self._share()
 
     def _share(self) -> None:
@@ -127,35 +131,45 @@ class StepSizeScaling(Optimizer):
         self._share()
         if isinstance(self.optimizer, CurvatureOptimizer):
             kwargs["hess_diag"] = hess_diag
+        cpu = any(p.device.type == "cpu" for g in self.param_groups for p in g["params"])
         if closure is None:  # refuse before anything has moved
-            moving = self._advance(hess_diag, kwargs.get("grads"))
-        before = [p.clone() for _, p in parameters(self.param_groups)]
-        loss = self.optimizer.step(closure, **kwargs)
-        if closure is not None:
-            moving = self._advance(hess_diag, kwargs.get("grads"))
-        self._rescale(before, moving)
+            begin = self._begin_apart if cpu else self._begin
+            moving, fresh, before = begin(hess_diag, kwargs.get("grads"))
+            self._advance(fresh)
+            loss = self.optimizer.step(**kwargs)
+        else:
+            everything = [p for _, p in parameters(self.param_groups)]
+            remember = self._copy_apart if cpu else self._copy
+            values = dict(zip(everything, remember(everything), strict=True))
+            loss = self.optimizer.step(closure, **kwargs)
+            moving, fresh = self._moving(hess_diag, kwargs.get("grads"))
+            before = [values[p] for p in moving]
+            self._advance(fresh)
+        if moving:
+            states = [self.state[p] for p in moving]
+            running = [state["exp_hess_sq"] for state in states]
+            bias = corrections([state["step"] for state in states], self.beta)
+            self.scale = rescale(moving, before, running, bias, self.delta, self.max_scale)
         return loss
 
-    def _advance(self, hess_diag: ByName, grads: ByName) -> list[bool]:
-        """Update the running curvature; tell which parameters move."""
+    def _moving(
+        self, hess_diag: ByName, grads: ByName
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The parameters that move, and those of them that have a new diagonal, with it."""
         groups = self.param_groups
-        found = find(groups, hess_diag, "hess_diag")
-        moving = [grad is not None for grad in find(groups, grads, "grads")]
-        for (name, p), diag, moves in zip(parameters(groups), found, moving, strict=True):
-            if moves and diag is None and not self.state.get(p):
+        found, given = find(groups, hess_diag, "hess_diag"), find(groups, grads, "grads")
+        moving, fresh = [], []
+        for (name, p), diag, grad in zip(parameters(groups), found, given, strict=True):
+            if grad is None:
+                continue
+            if diag is not None:
+                fresh.append((p, diag))
+            elif not self.state.get(p):
                 raise no_curvature(name)
-        pairs = [
-            (p, diag)
-            for (_, p), diag, moves in zip(parameters(groups), found, moving, strict=True)
-            if moves and diag is not None
-        ]
-        if not all(self.state.get(p) for p, _ in pairs):
-            self._initialise([p for p, _ in pairs])
-        for p, diag in pairs:
-            state, diag = self.state[p], diag.to(curvature_dtype(p))
-            state["step"] += 1
-            state["exp_hess_sq"].mul_(self.beta).addcmul_(diag, diag, value=1 - self.beta)
-        return moving
+            moving.append(p)
+        if not all(self.state.get(p) for p in moving):
+            self._initialise(moving)
+        return moving, fresh
 
     @torch.compiler.disable
     def _initialise(self, moving: list[Tensor]) -> None:
@@ -165,25 +179,38 @@ class StepSizeScaling(Optimizer):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
                 self.state[p]["exp_hess_sq"] = torch.zeros_like(p, dtype=curvature_dtype(p))
 
-    def _rescale(self, before: list[Tensor], moving: list[bool]) -> None:
-        pairs = [
-            (b, p)
-            for b, (_, p), moves in zip(before, parameters(self.param_groups), moving, strict=True)
-            if moves
-        ]
-        if not pairs:
-            return
-        states = [self.state[p] for _, p in pairs]
-        changes = []
-        for (b, p), state in zip(pairs, states, strict=True):
-            u, root = p - b, state["exp_hess_sq"].sqrt()
-            changes.append(root.mul_(u).mul_(u).sum().to(pairs[0][1].device, torch.float64))
-        bias = corrections([state["step"] for state in states], self.beta)
-        total = sum(change / c**0.5 for change, c in zip(changes, bias, strict=True))
-        self.scale = (2 * self.delta / total).sqrt().clamp(max=self.max_scale)
-        for b, p in pairs:
-            # b + scale (p - b), and p itself, to the last digit, at scale 1.
-            p.copy_(b.lerp_(p, self.scale.to(p.device, p.dtype)))
+    def _begin(
+        self, hess_diag: ByName, grads: ByName
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """All that can be refused; what moves, and its values before."""
+        moving, fresh = self._moving(hess_diag, grads)
+        return moving, fresh, self._copy(moving)
+
+    def _copy(self, params: list[Tensor]) -> list[Tensor]:
+        """On the CPU into memory that is kept: to touch new pages costs more than to write them."""
+        values = []
+        for p in params:
+            if p.device.type != "cpu":
+                values.append(p.clone())
+                continue
+            kept = self._before.get(p)
+            if kept is None or kept.shape != p.shape or kept.dtype != p.dtype:
+                kept = self._before[p] = torch.empty_like(p)
+            values.append(kept.copy_(p))
+        return values
+
+    # On the CPU not part of a compiled graph that writes the parameters too: Inductor (torch 2.13)
+    # may put such a copy after the writing. And what comes before and what after is then compiled
+    # apart, which is faster there than one loop that updates and sums.
+    _begin_apart = torch.compiler.disable(_begin)
+    _copy_apart = torch.compiler.disable(_copy)
+
+    def _advance(self, fresh: list[tuple[Tensor, Tensor]]) -> None:
+        """Update the running curvature."""
+        states = [self.state[p] for p, _ in fresh]
+        running, steps = [s["exp_hess_sq"] for s in states], [s["step"] for s in states]
+        if fresh:
+            advance(running, steps, [diag for _, diag in fresh], self.beta)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` and ``.hesscale`` of the parameters."""
@@ -206,4 +233,65 @@ class StepSizeScaling(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles: torch's own leaves out what it does not know."""
         own = {key: self.__dict__[key] for key in ("optimizer", "delta", "max_scale", "beta")}
-        return {**super().__getstate__(), **own, "scale": self.scale}
+        return {**super().__getstate__(), **own, "scale": self.scale, "_before": {}}
+
+
+def advance(running: list[Tensor], steps: list[Tensor], diags: list[Tensor], beta: float) -> None:
+    """The running square of the diagonal, in place."""
+    torch._foreach_add_(steps, 1.0)
+    for v, diag in zip(running, diags, strict=True):
+        for part, h in pieces(v, diag):
+            h = h.to(part.dtype)
+            torch._foreach_mul_([part], beta)
+            torch._foreach_addcmul_([part], [h], [h], 1 - beta)
+
+
+def rescale(
+    params: list[Tensor],
+    before: list[Tensor],
+    running: list[Tensor],
+    bias: list[Any],
+    delta: float,
+    max_scale: float,
+) -> Tensor:
+    """Shorten the step that was made, and return the factor."""
+    triples = zip(params, before, running, strict=True)
+    changes = [change(*triple).to(params[0].device) for triple in triples]
+    total = sum(one / c**0.5 for one, c in zip(changes, bias, strict=True))
+    scale = (2 * delta / total).sqrt().clamp(max=max_scale)
+    for p, b in zip(params, before, strict=True):
+        # b + scale (p - b), and p itself, to the last digit, at scale 1.
+        torch.lerp(b, p, scale.to(p.device, p.dtype), out=p)
+    return scale
+
+
+def change(p: Tensor, before: Tensor, v: Tensor) -> Tensor:
+    """``sum(sqrt(v) (p - before)^2)``, in float64."""
+    if not in_pieces(p):
+        u, root = p - before, v.sqrt()
+        return root.mul_(u).mul_(u).sum().double()
+    sums, room = [], None
+    for new, old, sq in pieces(p, before, v):
+        room = room or (torch.empty_like(new), torch.empty_like(sq))
+        u = torch.sub(new, old, out=room[0][: len(new)])
+        root = torch.sqrt(sq, out=room[1][: len(new)])
+        sums.append(root.mul_(u).mul_(u).sum())
+    return torch.stack(sums).sum(dtype=torch.float64)
+
+
+def in_pieces(p: Tensor) -> bool:
+    """Whether to let each operator in turn go over a piece that stays in the cache.
+
+    The compiler needs no such help, and an accelerator would lose by it.
+    """
+    compiling = torch.compiler.is_compiling()
+    return not compiling and p.device.type == "cpu" and p.numel() > 2 * PIECE
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Along the first dimension."""
+    first = tensors[0]
+    if not in_pieces(first):
+        return iter([tensors])
+    rows = max(1, PIECE * len(first) // first.numel())
+    return zip(*(t.split(rows) for t in tensors), strict=True)
