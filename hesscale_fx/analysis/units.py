@@ -30,6 +30,7 @@ from hesscale_fx import structures
 from hesscale_fx.analysis.axes import Axes, AxesError
 from hesscale_fx.analysis.cancel import find_cancelled
 from hesscale_fx.analysis.recognize import recognize
+from hesscale_fx.analysis.rowfunctions import recognize_row
 from hesscale_fx.structures import Structure, table
 from hesscale_fx.structures.chain import is_chain
 from hesscale_fx.structures.region import Region, reduction
@@ -216,6 +217,7 @@ class Partition:
             if unit.region is not None:
                 unit.region.cancelled = find_cancelled(unit.region)
                 unit.region.named = recognize(unit.region)
+                unit.region.spelled = recognize_row(unit.region)
         return self._sorted(units)
 
     def _producer(self, node: fx.Node, level: int) -> Unit | None:
