@@ -42,6 +42,7 @@ from hesscale_fx.errors import (
     source_line,
 )
 from hesscale_fx.inlining import write_in
+from hesscale_fx.registered import Registered, refuse_computed
 from hesscale_fx.signature import TENSOR
 from hesscale_fx.simplify import merge_equal
 from hesscale_fx.structures import definitions
@@ -230,6 +231,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", message="The tensor attributes? self\\.")
         warnings.filterwarnings("ignore", message=".*_flat_weights.*")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         silent = [logging.getLogger(f"torch.{name}") for name in NOISY]
         levels = [logger.level for logger in silent]
@@ -339,7 +341,7 @@ def record(
 ) -> below_autograd.Path:
     """`below_autograd.trace`, with its errors as ours."""
     try:
-        with quiet(), grad_modes(), captured_whole():
+        with quiet(), grad_modes(), captured_whole(), Registered(step):
             return below_autograd.trace(step, tensors, reads, fixed)
     except HesScaleError:
         raise
@@ -425,6 +427,7 @@ def export(
             redirect_stderr(io.StringIO()),
             grad_modes(),
             captured_whole(exporting=True),
+            Registered(module),
             seen_through(),
             replaying,
         ):
@@ -673,6 +676,7 @@ def read_inputs(program: Any, step: Step, names: list[str]) -> list[Leaf]:
             leaves.append(Leaf(node, kind.lower(), spec.target))
         elif kind in ("CONSTANT_TENSOR", "BUFFER"):  # a buffer of the recorded module is none's
             value = program.constants.get(spec.target, program.state_dict.get(spec.target))
+            refuse_computed(value, step)
             leaves.append(Leaf(node, "constant", f"_constant_{constants}", value))
             constants += 1
         else:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hesscale_fx import structures
 from hesscale_fx.capture import Captured
 from hesscale_fx.errors import InvalidArgumentError
+from hesscale_fx.registered import Registered
 from hesscale_fx.report import Agreement, Verification
 from hesscale_fx.structures.base import several, wide
 
@@ -42,7 +43,8 @@ def model_loss(
         state = {name: b.clone() for name, b in buffers.items()}
         state.update({inner[n]: v for n, v in values.items() if n in inner})
         flat = [values.get(n, t) for n, t in zip(inputs, tensors, strict=True)]
-        return torch.func.functional_call(step, state, tuple(flat))
+        with Registered(step):
+            return torch.func.functional_call(step, state, tuple(flat))
 
     return loss
 

@@ -16,6 +16,7 @@ from reference import autograd, exact_hessian_diagonal, reference
 from torch import nn
 
 import hesscale_fx
+from hesscale_fx.errors import InvalidModelError
 
 
 class Net(nn.Module):
@@ -102,6 +103,60 @@ def test_a_module_shared_under_two_names():
     out = hesscale_fx.transform(net, nn.MSELoss())(x, y)
     assert list(out.grads) == ["0.weight", "0.bias"]
     check(out, net, nn.MSELoss(), (x,), (y,))
+
+
+class HeldInAList(nn.Module):
+    """Its weight is used through a plain list, in the forward or beyond torch.export."""
+
+    def __init__(self, branches=False):
+        super().__init__()
+        self.fc = nn.Linear(3, 4).double()
+        self.weights, self.branches = [self.fc.weight], branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 1e9:
+            return x.sum()
+        y = nn.functional.linear(x, self.weights[0], self.fc.bias).tanh()
+        if self.branches:
+            y = torch.func.vmap(torch.func.grad(lambda v: v.pow(3).sum()))(y)
+        return y.pow(2).sum() + torch.cat([self.weights[0].flatten()]).pow(4).sum()
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_parameter_reached_past_the_registry(branches):
+    net, x = HeldInAList(branches), torch.randn(5, 3, dtype=torch.float64)
+    hs = hesscale_fx.transform(net, example_inputs=(x,))
+    out, want = hs(x), torch.autograd.grad(net(x), list(net.parameters()))
+    for got, expected in zip(out.grads.values(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    exact = hesscale_fx.transform(net, example_inputs=(x,), method="exact")(x).hess_diag
+    assert hs.verify(x).overall.error < 1e-10
+    for name, value in out.hess_diag.items():  # one layer: exact
+        torch.testing.assert_close(value, exact[name])
+
+
+def test_a_loss_that_regularizes_a_list_of_parameters():
+    net = nn.Linear(3, 4).double()
+    params, x = list(net.parameters()), torch.randn(5, 3, dtype=torch.float64)
+
+    def loss(y):
+        return y.pow(2).mean() + sum(p.pow(4).sum() for p in params)
+
+    _, grads, hess_diag = hesscale_fx.transform(net, loss, (x,))(x)
+    for got, expected in zip(
+        grads.values(), torch.autograd.grad(loss(net(x)), params), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(hess_diag["bias"], 2 / 4 + 12 * net.bias**2)
+
+
+def test_a_tensor_computed_from_a_parameter_before_the_call():
+    net = nn.Linear(3, 4)
+    kept = net.weight.t()
+    with pytest.raises(
+        InvalidModelError, match=r"(?s)computed from its parameter 'weight'.*forward"
+    ):
+        hesscale_fx.transform(net, lambda y: (y @ kept.t()).sum(), (torch.randn(5, 3),))
 
 
 def test_nothing_requires_grad_and_nothing_is_accumulated():
