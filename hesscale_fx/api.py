@@ -21,6 +21,7 @@ from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
+from hesscale_fx.analysis.shifts import find_shifts
 from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
 from hesscale_fx.emit import Emission
@@ -365,6 +366,9 @@ class Builder:
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
+        shifts = find_shifts(primitives.graph, active, loss)
+        if shifts:
+            active = active_nodes(primitives.graph, loss, leaves, shifts)
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(
             primitives.graph,
