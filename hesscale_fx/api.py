@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import (
@@ -251,6 +252,10 @@ class Builder:
             found[name] = (inner, parameter)
         return found
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """User's name -> the parameter that the model has under it now."""
+        return {name: self.step.get_parameter(inner) for name, (inner, _) in self.names.items()}
+
     def _selected(self) -> list[str]:
         """Names of the parameters to differentiate."""
         trainable = [n for n, (_, p) in self.names.items() if p.requires_grad]
@@ -302,6 +307,11 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
+        with torch.inference_mode(False):  # under it autograd gives no formula
+            return self.build(*pytree.tree_map_only(torch.Tensor, differentiable, (args, kwargs)))
+
+    def build(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        """As a call does."""
         stages = Stages()
         reason: Exception | None = None
         for captured in capture(self.step, args, kwargs, dynamic=self.dynamic):
@@ -326,7 +336,7 @@ class Builder:
     def split(self, captured: Captured) -> Program:
         """The graph of `HesScaleModule.loss_curvature`."""
         stages = Stages()
-        with quiet():
+        with quiet(), torch.inference_mode(False):
             program = self.compile(captured, stages, LossSplit())
         stages.total()
         return program
@@ -498,6 +508,11 @@ def matches(name: str, pattern: str) -> bool:
     """A name, a prefix at a dot, or a shell pattern."""
     stem = pattern.rstrip(".")
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def differentiable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that autograd takes of one from inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def serves(signature: Signature, args: tuple, kwargs: Mapping[str, Any]) -> bool:

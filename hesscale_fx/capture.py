@@ -26,6 +26,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
@@ -106,11 +108,58 @@ class Step(nn.Module):
         flat = iter(tensors)
         leaves = [next(flat) if v is TENSOR else v for v in self.static]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        if self.loss_fn is None:
-            return self.model(*args, **kwargs)
-        inputs, targets = split_targets(args, self.targets)
-        out = mark_boundary(self.model(*inputs, **kwargs))
-        return self.loss_fn(out, *targets)
+        with assigned_in_place(self):
+            if self.loss_fn is None:
+                return self.model(*args, **kwargs)
+            inputs, targets = split_targets(args, self.targets)
+            out = mark_boundary(self.model(*inputs, **kwargs))
+            return self.loss_fn(out, *targets)
+
+
+@contextmanager
+def assigned_in_place(step: nn.Module) -> Iterator[None]:
+    """Write into a buffer what a forward assigns to it, ``self.mean = 0.9 * self.mean + ...``.
+
+    torch.export knows the buffers that are written into, and forgets those that are assigned.
+    """
+    before = [(m, name, b) for m in step.modules() for name, b in m._buffers.items()]
+    yield
+    for module, name, buffer in before:
+        now = module._buffers.get(name)
+        if now is buffer:
+            continue
+        if buffer is None or now is None or (now.shape, now.dtype) != (buffer.shape, buffer.dtype):
+            raise InvalidModelError(
+                f"The forward of {type(module).__name__} sets its buffer {name!r} to a tensor of "
+                "another shape or dtype, or from or to None. If it is a cache, call the model once "
+                "before, so that it is filled; else keep its shape and dtype."
+            )
+        with torch.no_grad():
+            buffer.copy_(now)
+        module._buffers[name] = buffer
+
+
+@contextmanager
+def attributes_kept(step: nn.Module) -> Iterator[None]:
+    """Take back tensors of a trace that a forward leaves on its module, ``self.last = y``."""
+    before = [(m, dict(m.__dict__)) for m in step.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name, value in list(module.__dict__.items()):
+                if attributes.get(name, module) is value or not holds_traced(value):
+                    continue
+                if name in attributes:
+                    module.__dict__[name] = attributes[name]
+                else:
+                    del module.__dict__[name]
+
+
+def holds_traced(value: Any) -> bool:
+    """Whether a value has tensors of a trace among its leaves."""
+    leaves = pytree.tree_leaves(value)
+    return any(isinstance(v, (FakeTensor, FunctionalTensor)) for v in leaves)
 
 
 def split_targets(args: tuple, targets: int) -> tuple[tuple, tuple]:
@@ -263,7 +312,8 @@ def capture(
     for way in ways(step, tensors, dynamic):
         start = time.perf_counter()
         try:
-            captured = way(names)
+            with attributes_kept(step):
+                captured = way(names)
         except Refusal:
             raise
         except CaptureError as error:

@@ -35,9 +35,7 @@ def is_shift(peak: fx.Node, graph: fx.Graph, active: set[fx.Node], loss: fx.Node
     return cancels(peak, region)
 
 
-def shifted(
-    peak: fx.Node, graph: fx.Graph, active: set[fx.Node], loss: fx.Node
-) -> Region | None:
+def shifted(peak: fx.Node, graph: fx.Graph, active: set[fx.Node], loss: fx.Node) -> Region | None:
     """What uses an extreme, as far as it is analytic and one region; None if not all uses are."""
     if peak is loss:
         return None

@@ -421,9 +421,7 @@ def region_of(nodes: list[fx.Node], active: set[fx.Node]) -> Region | None:
         if a in active and a not in members
     ]
     widest = max(dims.values(), key=lambda v: len(sum(v, [])))
-    order = list(
-        dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))])
-    )
+    order = list(dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))]))
     outputs = [n for n in nodes if not any(u in members for u in n.users)]
     sizes = {a: int(axes.size(a)) for a in order if axes.size(a).is_Integer}
     return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_fx.structures import byplace, definitions, recurrent  # noqa: F401  (they register)
+from hesscale_fx.structures import bysize, definitions, recurrent  # noqa: F401  (they register)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.byindex import index_reduce, scatter_reduce
