@@ -286,7 +286,8 @@ class Builder:
         if not chosen and not self.wants_inputs:
             raise InvalidArgumentError(
                 "There is no parameter to differentiate: none requires grad. Set requires_grad, or "
-                "say what to differentiate with wrt, e.g. wrt='inputs'."
+                "say what to differentiate with wrt, e.g. wrt='inputs'. A function's parameters "
+                "are those of the modules that it names; a tensor of its own is none."
             )
         for name in chosen:
             if self.names[name][1].is_complex():

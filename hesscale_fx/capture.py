@@ -7,6 +7,8 @@ composite operator is decomposed by PyTorch's own formulas.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 import io
@@ -194,6 +196,11 @@ def mark_boundary(out: Any) -> Any:
     def mark(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return output(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            marked = copy.copy(value)
+            for name, item in vars(value).items():
+                object.__setattr__(marked, name, pytree.tree_map(mark, item))
+            return marked
         return value
 
     return pytree.tree_map(mark, out)
@@ -213,12 +220,23 @@ class _Function(nn.Module):
 
 
 def modules_of(function: Callable) -> dict[str, nn.Module]:
-    """The modules that a function reaches: its closure, globals, defaults, self and partials."""
+    """The modules that a function reaches: its closure, globals, defaults, self and partials.
+
+    Also those in the lists and dictionaries that it names, and on the object whose method it is.
+    """
     found: dict[str, nn.Module] = {}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and all(value is not m for m in found.values()):
             found[name] = value
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                if isinstance(item, nn.Module):
+                    add(f"{name}_{i}", item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if isinstance(item, nn.Module) and isinstance(key, str):
+                    add(f"{name}_{key}".replace(".", "_"), item)
 
     def visit(f: Any) -> None:
         if isinstance(f, functools.partial):
@@ -231,6 +249,11 @@ def modules_of(function: Callable) -> dict[str, nn.Module]:
         owner = getattr(f, "__self__", None)
         if isinstance(owner, nn.Module):
             add(type(owner).__name__.lower(), owner)
+        elif owner is not None and hasattr(owner, "__dict__") and not inspect.ismodule(owner):
+            for name, value in vars(owner).items():
+                add(name, value)
+        elif not inspect.isroutine(f) and not isinstance(f, type):
+            return visit(f.__call__)  # an object that can be called
         f = inspect.unwrap(getattr(f, "__func__", f))
         if inspect.isfunction(f):
             scope = inspect.getclosurevars(f)
@@ -497,7 +520,7 @@ def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
         with torch.random.fork_rng(), grad_modes(), captured_whole(), reads.recording():
             torch.func.functional_call(step, buffers, inputs)
     except Exception as error:
-        raise Refusal(explain(error, step)) from error
+        raise Refusal(explain(error, step, OWN_ERROR)) from error
     return reads
 
 
@@ -562,18 +585,24 @@ def user_line(error: Exception) -> str:
     return where
 
 
-def explain(error: Exception, step: nn.Module) -> str:
+ONE_PATH = (
+    "torch.export traces one path: replace control flow that reads tensor values "
+    "(torch.where, torch.cond), or move it out of the module."
+)
+OWN_ERROR = (
+    "The model or the loss raises it without any trace as well: call them on these arguments "
+    "yourself, as loss(model(*inputs), *targets)."
+)
+
+
+def explain(error: Exception, step: nn.Module, way_out: str = ONE_PATH) -> str:
     """The reason of a failed capture in two lines."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = text[0] if text else type(error).__name__
     if type(error).__name__ not in reason:
         reason = f"{type(error).__name__}: {reason}"
     name = type(getattr(step, "model", step)).__name__
-    return (
-        f"{name} cannot be captured{user_line(error)}: {reason[:300]}\n"
-        "torch.export traces one path: replace control flow that reads tensor values "
-        "(torch.where, torch.cond), or move it out of the module."
-    )
+    return f"{name} cannot be captured{user_line(error)}: {reason[:300]}\n{way_out}"
 
 
 def argument_names(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:

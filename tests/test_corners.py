@@ -6,6 +6,7 @@ Rows of zeros, functions whose trace depends on sizes, models that set tensors a
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -164,3 +165,86 @@ def test_captured_in_inference_mode():
         have = hesscale_fx.transform(model, F.cross_entropy)(X.clone(), Y)
     for name, diagonal in want.hess_diag.items():
         torch.testing.assert_close(have.hess_diag[name], diagonal, rtol=0, atol=0)
+
+
+class Agent:
+    """No module, but holds one."""
+
+    def __init__(self):
+        self.actor = network()
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.actor(x), y)
+
+    __call__ = loss
+
+
+def in_a_list():
+    layers = [nn.Linear(4, 5).double(), nn.Linear(5, 3).double()]
+
+    def loss(x, y):
+        for layer in layers:
+            x = torch.tanh(layer(x))
+        return F.cross_entropy(x, y)
+
+    return loss, [p for layer in layers for p in layer.parameters()]
+
+
+def of_an_object(bound):
+    agent = Agent()
+    return agent.loss if bound else agent, list(agent.actor.parameters())
+
+
+@pytest.mark.parametrize(
+    "make", [in_a_list, lambda: of_an_object(True), lambda: of_an_object(False)]
+)
+def test_functions_whose_modules_are_in_a_list_or_on_an_object(make):
+    loss, parameters = make()
+    out = hesscale_fx.transform(loss)(X, Y)
+    wants = torch.autograd.grad(loss(X, Y), parameters)
+    assert len(out.grads) == len(wants)
+    for have, want in zip(out.grads.values(), wants, strict=True):
+        torch.testing.assert_close(have, want)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class GivesDataclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return Output(self.net(x))
+
+
+def test_the_boundary_is_found_in_a_dataclass():
+    model = GivesDataclass()
+    loss = lambda out, y: F.cross_entropy(out.logits, y)  # noqa: E731
+    have = hesscale_fx.transform(model, loss, method="hesscale_gn")(X, Y)
+    want = hesscale_fx.transform(model.net, F.cross_entropy, method="hesscale_gn")(X, Y)
+    for h, w in zip(have.hess_diag.values(), want.hess_diag.values(), strict=True):
+        torch.testing.assert_close(h, w)
+
+
+def test_a_tensor_where_none_was_is_named_in_short():
+    class Masked(nn.Linear):
+        def forward(self, x, mask=None):
+            y = super().forward(x)
+            return (y if mask is None else y * mask).square().mean()
+
+    hs = hesscale_fx.transform(Masked(4, 3).double(), None, (X, None))
+    with pytest.raises(ValueError, match=r"Argument 1 is a tensor \[7, 1\] where .* with None"):
+        hs(X, X[:, :1])
+    hs = hesscale_fx.transform(Masked(4, 3).double(), None, (X,), {"mask": None})
+    with pytest.raises(ValueError, match="Argument 'mask' is a tensor"):
+        hs(X, mask=X[:, :1])
+
+
+def test_an_error_of_the_model_is_not_blamed_on_the_trace():
+    with pytest.raises(hesscale_fx.HesScaleError, match="takes 2 positional") as caught:
+        hesscale_fx.transform(network(), lambda out, *ys: out.sum())(X, Y)
+    assert "torch.cond" not in str(caught.value) and "yourself" in str(caught.value)
