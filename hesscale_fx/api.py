@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -187,6 +188,11 @@ def transform(
             f"example_inputs must be the tuple of arguments that hs will be called with, not "
             f"{type(example_inputs).__name__}: write example_inputs=(x, y)."
         )
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InvalidArgumentError(
+            "example_kwargs must be the dictionary of the model's keyword arguments, not "
+            f"{type(example_kwargs).__name__}."
+        )
     if example_inputs is not None:
         hs._capture(tuple(example_inputs), dict(example_kwargs or {}))
     elif example_kwargs is not None:
@@ -218,6 +224,10 @@ class Builder:
         self.calibrate = int((options or {}).get("calibrate", 0))
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
+        if isinstance(loss, type):
+            raise InvalidArgumentError(
+                f"loss is the class {loss.__name__}; give an instance: {loss.__name__}(...)."
+            )
         if curvature_dtype not in CURVATURE_DTYPES:
             raise InvalidArgumentError(
                 f"curvature_dtype must be torch.bfloat16, torch.float32 or None, not "
@@ -263,9 +273,9 @@ class Builder:
         if wrt is None:
             chosen = trainable
         elif callable(wrt):
-            chosen = [n for n, (_, p) in self.names.items() if wrt(n, p)]
+            chosen = self._chosen_by(wrt)
         else:
-            patterns = [wrt] if isinstance(wrt, str) else list(wrt)
+            patterns = [wrt] if isinstance(wrt, str) else list_of_names(wrt)
             chosen = []
             for pattern in patterns:
                 if pattern == "inputs":
@@ -296,6 +306,18 @@ class Builder:
                     "parameters only. Keep real and imaginary parts, or leave it out of wrt."
                 )
         return chosen
+
+    def _chosen_by(self, predicate: Callable[[str, nn.Parameter], bool]) -> list[str]:
+        try:
+            inspect.signature(predicate).bind("name", None)
+        except TypeError as error:
+            raise InvalidArgumentError(
+                "wrt is called as wrt(name, parameter), which this predicate does not take: "
+                f"{error}."
+            ) from error
+        except ValueError:  # it has no signature
+            pass
+        return [n for n, (_, p) in self.names.items() if predicate(n, p)]
 
     @property
     def wants_inputs(self) -> bool:
@@ -509,6 +531,19 @@ def matches(name: str, pattern: str) -> bool:
     """A name, a prefix at a dot, or a shell pattern."""
     stem = pattern.rstrip(".")
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def list_of_names(wrt: Any) -> list[str]:
+    """The patterns of a `wrt` that is a list, or an error."""
+    named = isinstance(wrt, Iterable) and not isinstance(wrt, (torch.Tensor, Mapping))
+    patterns = list(wrt) if named else [wrt]
+    for pattern in patterns:
+        if not named or not isinstance(pattern, str):
+            raise InvalidArgumentError(
+                "wrt takes names, patterns, a list of them, or a predicate on (name, parameter), "
+                f"not {type(pattern).__name__}. The names are those of model.named_parameters()."
+            )
+    return patterns
 
 
 def differentiable(tensor: torch.Tensor) -> torch.Tensor:

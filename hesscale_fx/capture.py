@@ -37,6 +37,7 @@ from hesscale_fx.checkpoints import seen_through
 from hesscale_fx.decisions import Decision, Reads, check_asserted
 from hesscale_fx.errors import (
     MESSAGE,
+    MODEL_ERRORS,
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
@@ -274,6 +275,10 @@ def as_module(model: Any) -> tuple[nn.Module, str]:
         return model.module(), ""
     if isinstance(model, nn.Module):
         return model, ""
+    if isinstance(model, type):
+        raise InvalidModelError(
+            f"{model.__name__} is a class; transform() takes a model: {model.__name__}(...)."
+        )
     if callable(model):
         modules = modules_of(model)
         prefix = f"{next(iter(modules))}." if len(modules) == 1 else ""
@@ -520,7 +525,8 @@ def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
         with torch.random.fork_rng(), grad_modes(), captured_whole(), reads.recording():
             torch.func.functional_call(step, buffers, inputs)
     except Exception as error:
-        raise Refusal(explain(error, step, OWN_ERROR)) from error
+        kind = next((k for k in MODEL_ERRORS if isinstance(error, k.__bases__[-1])), Refusal)
+        raise kind(explain(error, step, OWN_ERROR)) from error
     return reads
 
 
@@ -654,7 +660,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
         leaf.node.meta["hesscale_name"] = leaf.name.removeprefix("model.").lstrip("_")
-    refuse_writes(signature, {leaf.name for leaf in leaves if leaf.kind == "buffer"})
+    refuse_writes(signature, leaves, graph)
     outputs = graph.find_nodes(op="output")[0]
     kinds = [spec.kind.name for spec in signature.output_specs]
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
@@ -785,8 +791,14 @@ def unify_tied(leaves: list[Leaf], step: Step, graph: fx.Graph) -> list[Leaf]:
     return kept
 
 
-def refuse_writes(signature: Any, buffers: set[str]) -> None:
-    for spec in signature.output_specs:
+def refuse_writes(signature: Any, leaves: list[Leaf], graph: fx.Graph) -> None:
+    """A model may write into its buffers, and into nothing else that was there before."""
+    buffers = {leaf.name for leaf in leaves if leaf.kind == "buffer"}
+    names = {leaf.node.name: leaf.name for leaf in leaves}
+    results = graph.find_nodes(op="output")[0].args[0]
+    for spec, result in zip(signature.output_specs, results, strict=True):
+        line = source_line(result) if isinstance(result, fx.Node) else ""
+        where = f" at {line}" if line else ""
         if spec.kind.name == "BUFFER_MUTATION" and spec.target not in buffers:
             raise InvalidModelError(
                 "The model writes into a tensor that is neither a buffer of it nor made by it. "
@@ -794,12 +806,13 @@ def refuse_writes(signature: Any, buffers: set[str]) -> None:
             )
         if spec.kind.name == "USER_INPUT_MUTATION":
             raise InvalidModelError(
-                f"The model writes into its input {spec.target!r}. Let it work on a copy: "
-                "x = x.clone()."
+                f"The model writes into its input {names.get(spec.target, spec.target)!r}{where}. "
+                "Let it work on a copy: x = x.clone()."
             )
         if spec.kind.name == "PARAMETER_MUTATION":
+            name = spec.target.removeprefix("model.")
             raise InvalidModelError(
-                f"The model writes into its parameter {spec.target.removeprefix('model.')!r}; "
+                f"The model writes into its parameter {name!r}{where}; "
                 "then the loss is no function of the parameters. Make it a buffer."
             )
 
@@ -809,7 +822,8 @@ def check_loss(outputs: list[Any], step: Step) -> None:
     who = "The loss" if step.loss_fn is not None else "The model"
     way = "Pass the loss: transform(model, loss), e.g. transform(model, lambda out: out.loss)."
     if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
-        raise InvalidModelError(f"{who} returns {len(outputs)} values, not one scalar loss. {way}")
+        what = f"{len(outputs)} values" if len(outputs) != 1 else "no tensor"
+        raise InvalidModelError(f"{who} returns {what}, not one scalar loss. {way}")
     value = outputs[0].meta["val"]
     if not isinstance(value, torch.Tensor):
         raise InvalidModelError(f"{who} returns a {type(value).__name__}, no tensor. {way}")

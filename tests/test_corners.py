@@ -248,3 +248,41 @@ def test_an_error_of_the_model_is_not_blamed_on_the_trace():
     with pytest.raises(hesscale_fx.HesScaleError, match="takes 2 positional") as caught:
         hesscale_fx.transform(network(), lambda out, *ys: out.sum())(X, Y)
     assert "torch.cond" not in str(caught.value) and "yourself" in str(caught.value)
+
+
+WRONG = {
+    "a predicate of one argument": (lambda: transform(wrt=lambda n: True), "wrt.name, parameter."),
+    "wrt a number": (lambda: transform(wrt=3), "not int"),
+    "wrt parameters": (lambda: transform(wrt=list(network().parameters())), "not Parameter"),
+    "a class as loss": (lambda: transform(nn.CrossEntropyLoss), r"CrossEntropyLoss\(...\)"),
+    "a class as model": (lambda: hesscale_fx.transform(nn.Linear), "is a class"),
+    "keywords in a list": (lambda: transform(example_kwargs=[1]), "dictionary"),
+}
+
+
+def transform(loss=F.cross_entropy, **options):
+    return hesscale_fx.transform(network(), loss, **options)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_of_the_wrong_kind(name):
+    make, words = WRONG[name]
+    with pytest.raises(hesscale_fx.HesScaleError, match=words) as caught:
+        make()
+    assert isinstance(caught.value, (TypeError, ValueError)) and len(str(caught.value)) < 250
+
+
+def test_too_many_arguments_of_a_lazy_module_are_a_type_error():
+    with pytest.raises(TypeError, match="takes 2 positional") as caught:
+        transform()(X, X, Y)
+    assert isinstance(caught.value, hesscale_fx.HesScaleError)
+
+
+def test_a_write_into_an_input_names_it_and_the_line():
+    class Clamping(nn.Module):
+        def forward(self, out, target):
+            target.clamp_(max=1.0)  # the line
+            return (out - target).square().mean()
+
+    with pytest.raises(hesscale_fx.HesScaleError, match="'target' at .*# the line"):
+        transform(Clamping())(X, torch.randn(7, 3).double())
