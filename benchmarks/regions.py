@@ -1,10 +1,11 @@
 """What regions cost: in the compiled graph, and in the analysis of a deep one.
 
-    python benchmarks/regions.py [--rounds 30] [--profile]
+    python benchmarks/regions.py [--rounds 30] [--kernels] [--profile]
 
 First, a network whose LayerNorm, GELU and softmax are written out by hand against the same network
 through `torch.nn.functional`: both transformed, both compiled, timed in turns on one thread by
-processor time, which other jobs disturb least. Second, the seconds
+processor time, which other jobs disturb least; `--kernels` adds the time in the kernels that the
+compiler generated, which is what the spelling decides. Second, the seconds
 that the analysis takes on a pre-norm GPT of 24 layers: definitions written out, units, exactness.
 """
 
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
 from torch._guards import detect_fake_mode
@@ -89,8 +91,18 @@ def interleaved(calls: list[Callable], rounds: int) -> list[float]:
     return [statistics.median(t) for t in times]
 
 
-def spelling(width: int, layers: int, batch: int, rounds: int) -> None:
+def in_kernels(call: Callable) -> float:
+    """Seconds of one call in generated kernels, compiled with `enable_kernel_profile`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()
+    found = [e for e in profiler.key_averages() if "cpp_fused" in e.key]
+    assert found, "no generated kernel was seen"
+    return sum(e.self_cpu_time_total for e in found) / 1e6
+
+
+def spelling(width: int, layers: int, batch: int, rounds: int, kernels: bool) -> None:
     """Print how long the hand-written network takes by that of torch.nn.functional."""
+    torch._inductor.config.cpp.enable_kernel_profile = kernels
     x, y = torch.randn(batch, width), torch.randint(10, (batch,))
     results, calls = [], []
     for by_hand in (True, False):
@@ -107,6 +119,11 @@ def spelling(width: int, layers: int, batch: int, rounds: int) -> None:
     print(f"  by hand              {hand * 1e3:8.2f} ms")
     print(f"  torch.nn.functional  {named * 1e3:8.2f} ms")
     print(f"  ratio                {hand / named:8.2f}    largest difference {difference:.0e}")
+    if kernels:
+        times = [[in_kernels(call) for call in calls] for _ in range(rounds)]
+        for what, choose in (("median", statistics.median), ("least", min)):
+            hand, named = (choose(t) for t in zip(*times, strict=True))
+            print(f"  kernels, {what:6s}  {hand * 1e3:6.3f} ms against {named * 1e3:6.3f} ms")
 
 
 class Block(nn.Module):
@@ -186,6 +203,7 @@ def main() -> None:
     """Run both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each network")
+    parser.add_argument("--kernels", action="store_true", help="time the generated kernels too")
     parser.add_argument("--layers", type=int, default=24, help="of the GPT that is analysed")
     parser.add_argument("--profile", action="store_true", help="where the analysis spends its time")
     parser.add_argument("--skip-spelling", action="store_true", help="only the analysis")
@@ -193,7 +211,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # torch's own, on first export and compilation
     torch.set_num_threads(1)
     if not options.skip_spelling:
-        spelling(128, 3, 256, options.rounds)
+        spelling(128, 3, 256, options.rounds, options.kernels)
     analysis(options.layers, 3, options.profile)
 
 

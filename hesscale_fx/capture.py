@@ -502,7 +502,7 @@ def export(
             quiet(),
             redirect_stderr(io.StringIO()),
             grad_modes(),
-            captured_whole(),
+            captured_whole(exporting=True),
             seen_through(),
             replaying,
         ):
@@ -907,8 +907,8 @@ def decompositions() -> dict[Any, Callable]:
 def write_repeated(graph: fx.Graph) -> None:
     """Write out the operators of which one definition serves many equal layers."""
     written = structures.definitions_for_capture()
-    repeated = {op: written[op] for op in definitions.REPEATED if op in written}
+    repeated = {op: written[of] for op, of in definitions.REPEATED.items() if of in written}
     values = [n.meta["val"] for n in graph.nodes if n.target in repeated]
     if values:
         with no_autocast():
-            write_in(graph, repeated, detect_fake_mode(values))
+            write_in(graph, repeated, detect_fake_mode(pytree.tree_leaves(values)))

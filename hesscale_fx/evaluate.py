@@ -16,6 +16,7 @@ from hesscale_fx.structures.base import Tensors
 from hesscale_fx.structures.chain import ChainAt, is_chain
 from hesscale_fx.structures.closed import Named, closed_form_of
 from hesscale_fx.structures.region import RegionAt
+from hesscale_fx.structures.spelled import SpelledAt
 
 Values = Callable[[fx.Node], Any]
 
@@ -29,8 +30,17 @@ def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
         known = native.closed_form(unit, values)
         if known is not None:
             return known
+        if unit.region.spelled is not None:
+            return SpelledAt(unit.region, values, native.runner(unit, values))
         rule = ChainAt if is_chain(unit.region) else RegionAt
-        return rule(unit.region, values, native.runner(unit, values))
+        run = native.runner(unit, values)
+        outputs = unit.region.outputs
+
+        def results(inputs: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+            known = run(inputs)
+            return [known[n] for n in outputs]
+
+        return rule(unit.region, values, results)
     call = unit.call
     structure = unit.rule
     assert structure is not None, f"no structure for {call.target}"
@@ -85,12 +95,12 @@ class Native:
 
     def runner(
         self, unit: Unit, values: Values
-    ) -> Callable[[Mapping[fx.Node, Tensor]], list[Tensor]]:
-        """Computes a region's outputs from its inputs."""
+    ) -> Callable[[Mapping[fx.Node, Tensor]], Mapping[fx.Node, Tensor]]:
+        """Computes a region's outputs, and what lies on the way to them, from its inputs."""
         region = unit.region
         assert region is not None
 
-        def run(inputs: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        def run(inputs: Mapping[fx.Node, Tensor]) -> Mapping[fx.Node, Tensor]:
             local: dict[fx.Node, Any] = dict(inputs)
 
             def value(node: fx.Node) -> Any:
@@ -107,7 +117,7 @@ class Native:
                 elif source not in done:
                     done.add(source)
                     local.update(self._call(source, value))
-            return [local[n] for n in region.outputs]
+            return local
 
         return run
 

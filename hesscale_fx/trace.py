@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import (
@@ -56,12 +57,20 @@ class Tracer:
         for node in list(self.graph.nodes)[before:]:
             node.meta["hesscale_role"] = name
 
-    def create(self, op: str, target: Any, args: tuple = (), kwargs: Any = None) -> fx.Proxy:
-        return self._tracer.create_proxy(op, target, args, kwargs or {})
+    def create(self, op: str, target: Any, args: tuple = (), name: str | None = None) -> fx.Proxy:
+        return self._tracer.create_proxy(op, target, args, {}, name=name)
 
     def track(self, value: Any, proxy: Any) -> Any:
         """Let `value` (a tensor, or a tuple of them) stand for the node of `proxy`."""
         return track_tensor_tree(value, proxy, constant=None, tracer=self._tracer)
+
+    def record(self, target: Any, args: tuple, value: Any) -> Any:
+        """Let `value` stand for one new node, the call of `target` with tensors tracked before."""
+        proxies = pytree.tree_map_only(
+            torch.Tensor, lambda t: get_proxy_slot(t, self._tracer).proxy, args
+        )
+        name = getattr(target, "overloadpacket", target).__name__
+        return self.track(value, self.create("call_function", target, proxies, name))
 
     def node(self, value: torch.Tensor) -> fx.Node:
         """The node that a tensor stands for."""

@@ -185,6 +185,20 @@ def test_scaling_without_curvature_or_step_is_not_nan():
     assert optimizer.scale == 1
 
 
+def test_scaling_after_the_dtype_of_a_parameter_has_changed():
+    params = parameters(torch.float32)
+    optimizer = StepSizeScaling(torch.optim.SGD(params, lr=0.1), delta=1e-4)
+    run(optimizer, params, [0])
+    again = parameters()
+    for p, q in zip(params, again, strict=True):
+        p.grad = None
+        q.data = p.data.double()
+        p.data = q.data.clone()
+    other = StepSizeScaling(torch.optim.SGD(again, lr=0.1), delta=1e-4)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same(run(optimizer, params, [1]), run(other, again, [1]), 1e-6)
+
+
 # --- what one expects of an optimizer ----------------------------------------------------------
 
 
@@ -424,6 +438,29 @@ def test_compiled_and_scheduled_without_compiling_again(kind, tensor):
             rate.step()
     assert_same([p.detach() for p in params], [p.detach() for p in again])
     assert eager.param_groups[0]["lr"] < 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Profiler function:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adam, {"fused": True}), (AdaHesScale, {})],
+)
+def test_scaling_compiled_around_any_optimizer(kind, options):
+    torch.compiler.reset()
+    # Without the scalar, which torch's own SGD and Adam, compiled, leave behind at first (2.13).
+    params, again = parameters()[:2], parameters()[:2]
+    optimizer = StepSizeScaling(kind(params, lr=0.1, **options), delta=1e-4)
+    eager = StepSizeScaling(kind(again, lr=0.1, **options), delta=1e-4)
+    step = torch.compile(optimizer.step)
+    for seed in range(3):
+        fill(params, seed)
+        fill(again, seed)
+        step()
+        eager.step()
+        assert 0 < eager.scale < 1
+        assert abs(optimizer.scale / eager.scale - 1) < 1e-12
+        assert_same([p.detach() for p in params], [p.detach() for p in again])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, relative_error, some
+from reference import autograd, reference
 from torch import nn
 from torch.distributions import Categorical, Normal
 
@@ -1446,6 +1447,39 @@ def test_recurrent_modules(kind):
     assert relative_error(layer.loss, cells.loss) < 1e-12
     got = {n.removesuffix("_l0"): h for n, h in layer.hess_diag.items()}
     assert_close(got, dict(cells.hess_diag), TOLERANCE, "curvature")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LSTM", {}),
+        pytest.param("GRU", {"bias": False}, marks=pytest.mark.slow),
+        pytest.param("RNN", {"bidirectional": True, "num_layers": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["lstm", "gru", "rnn"],
+)
+def test_recurrent_layers_leave_the_batch_free(kind, options):
+    """They are written into the graph after it was captured, from one trace of a step."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(1)
+            self.rnn = getattr(nn, kind)(2, 3, batch_first=True, **options)
+            self.head = nn.Linear(6 if self.rnn.bidirectional else 3, 2)
+            self.double()
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    net, loss = Classifier(), nn.CrossEntropyLoss()
+    batches = [(torch.randn(n, 2, 2).double(), torch.arange(n) % 2) for n in (2, 1, 5)]
+    hs = hesscale_fx.transform(net, loss, batches[0])
+    for x, y in batches[1:]:
+        got, want = hs(x, y), reference(net, loss, (x,), (y,)).hess_diag
+        want = {name: want[name] for name in got.hess_diag}
+        assert_close(dict(got.grads), autograd(net, loss, (x,), (y,))[1], TOLERANCE, "gradient")
+        assert_close(dict(got.hess_diag), want, TOLERANCE, "curvature")
 
 
 # ------------------------------------------------------------------ ways of capture

@@ -25,7 +25,7 @@ ANALYTIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
     aten.rsub.Scalar, aten.exp.default, aten.log.default, aten.reciprocal.default,
     aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.tanh.default,
-    aten.sigmoid.default,
+    aten.sigmoid.default, aten.pow.Tensor_Scalar, aten.sqrt.default, aten.rsqrt.default,
 }  # fmt: skip
 TOLERANCE = 1e-12
 ENTRIES = (3, 4)  # of every axis, at one point and at the other

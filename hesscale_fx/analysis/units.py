@@ -30,6 +30,7 @@ from hesscale_fx import structures
 from hesscale_fx.analysis.axes import Axes, AxesError
 from hesscale_fx.analysis.cancel import find_cancelled
 from hesscale_fx.analysis.recognize import recognize
+from hesscale_fx.analysis.rowfunctions import recognize_row
 from hesscale_fx.structures import Structure, table
 from hesscale_fx.structures.chain import is_chain
 from hesscale_fx.structures.region import Region, reduction
@@ -104,6 +105,7 @@ class Partition:
         self._nodes = [n for n in graph.nodes if n in active and n.op == "call_function"]
         self._flat = self._flat_nodes()
         self._outer = self._outer_nodes()
+        self._inner = {n for n in self._nodes if n not in self._outer and is_region_node(n)}
         self._levels = self._find_levels()
         self._unit_at: dict[tuple[fx.Node, int], Unit] = {}
         self._alone: dict[fx.Node, Unit] = {}
@@ -156,7 +158,7 @@ class Partition:
         return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
 
     def _in_region(self, node: fx.Node) -> bool:
-        return is_region_node(node) and node not in self._outer
+        return node in self._inner
 
     def _find_levels(self) -> dict[fx.Node, set[int]]:
         levels: dict[fx.Node, set[int]] = {}
@@ -215,6 +217,7 @@ class Partition:
             if unit.region is not None:
                 unit.region.cancelled = find_cancelled(unit.region)
                 unit.region.named = recognize(unit.region)
+                unit.region.spelled = recognize_row(unit.region)
         return self._sorted(units)
 
     def _producer(self, node: fx.Node, level: int) -> Unit | None:
@@ -348,6 +351,8 @@ class Partition:
         return count <= (MAX_IN_CHAIN if is_chain(region) else MAX_REDUCTIONS)
 
     def _find_coupled(self, component: list[fx.Node], groups: Groups) -> None:
+        if not any(n.target in table.REDUCTIONS for n in component):
+            return  # nothing couples along an axis
         axes = Axes()
         for node in component:
             assign(node, axes, strict=False)

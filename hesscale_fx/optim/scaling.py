@@ -133,7 +133,16 @@ class StepSizeScaling(Optimizer):
         loss = self.optimizer.step(closure, **kwargs)
         if closure is not None:
             moving = self._advance(hess_diag, kwargs.get("grads"))
-        self._rescale(before, moving)
+        pairs = [
+            (b, p)
+            for b, (_, p), moves in zip(before, parameters(self.param_groups), moving, strict=True)
+            if moves
+        ]
+        if pairs:
+            states = [self.state[p] for _, p in pairs]
+            bias = corrections([state["step"] for state in states], self.beta)
+            running = [state["exp_hess_sq"] for state in states]
+            self.scale = rescale(pairs, running, bias, self.delta, self.max_scale)
         return loss
 
     def _advance(self, hess_diag: ByName, grads: ByName) -> list[bool]:
@@ -165,26 +174,6 @@ class StepSizeScaling(Optimizer):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
                 self.state[p]["exp_hess_sq"] = torch.zeros_like(p, dtype=curvature_dtype(p))
 
-    def _rescale(self, before: list[Tensor], moving: list[bool]) -> None:
-        pairs = [
-            (b, p)
-            for b, (_, p), moves in zip(before, parameters(self.param_groups), moving, strict=True)
-            if moves
-        ]
-        if not pairs:
-            return
-        states = [self.state[p] for _, p in pairs]
-        changes = []
-        for (b, p), state in zip(pairs, states, strict=True):
-            u, root = p - b, state["exp_hess_sq"].sqrt()
-            changes.append(root.mul_(u).mul_(u).sum().to(pairs[0][1].device, torch.float64))
-        bias = corrections([state["step"] for state in states], self.beta)
-        total = sum(change / c**0.5 for change, c in zip(changes, bias, strict=True))
-        self.scale = (2 * self.delta / total).sqrt().clamp(max=self.max_scale)
-        for b, p in pairs:
-            # b + scale (p - b), and p itself, to the last digit, at scale 1.
-            p.copy_(b.lerp_(p, self.scale.to(p.device, p.dtype)))
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``.grad`` and ``.hesscale`` of the parameters."""
         self.optimizer.zero_grad(set_to_none)
@@ -207,3 +196,27 @@ class StepSizeScaling(Optimizer):
         """What copies and pickles: torch's own leaves out what it does not know."""
         own = {key: self.__dict__[key] for key in ("optimizer", "delta", "max_scale", "beta")}
         return {**super().__getstate__(), **own, "scale": self.scale}
+
+
+def rescale(
+    pairs: list[tuple[Tensor, Tensor]],
+    running: list[Tensor],
+    bias: list[Any],
+    delta: float,
+    max_scale: float,
+) -> Tensor:
+    """Shorten the step from the first to the second of each pair, and return the factor.
+
+    A function, for what a compiled method sets on its object is lost where torch's own step breaks
+    the graph (torch 2.13).
+    """
+    changes = []
+    for (b, p), v in zip(pairs, running, strict=True):
+        u, root = p - b, v.sqrt()
+        changes.append(root.mul_(u).mul_(u).sum().to(pairs[0][1].device, torch.float64))
+    total = sum(change / c**0.5 for change, c in zip(changes, bias, strict=True))
+    scale = (2 * delta / total).sqrt().clamp(max=max_scale)
+    for b, p in pairs:
+        # b + scale (p - b), and p itself, to the last digit, at scale 1.
+        p.copy_(b.lerp_(p, scale.to(p.device, p.dtype)))
+    return scale

@@ -6,9 +6,11 @@ statistics. Only a unit that is exactly one such call uses them.
 
 Normalization ``y = w z + b``, ``z = (x - mean) r`` over rows of n entries, with a = s w^2, c = g w:
 
-    dz_k/dx_i = r (delta_ki - 1/n - z_k z_i / n)
-    (J o J)^T s = r^2 [a (1 - 2/n - 2 z^2/n) + (S(a) + 2 z S(a z) + z^2 S(a z^2)) / n^2]
-    curvature   = -r/n [2 z dL/dx + r S(c z) (1 - 1/n - z^2/n)],   S: sum over the row
+    dz_k/dx_i = r (delta_ki - m - z_k z_i / n),   m = 1/n
+    (J o J)^T s = r^2 [a (1 - 2 m - 2 z^2/n) + m^2 S(a) + 2 m z S(a z)/n + z^2 S(a z^2)/n^2]
+    curvature   = -r/n [2 z dL/dx + r S(c z) (1 - m - z^2/n)],   S: sum over the row
+
+and without a mean (rms norm) the same with m = 0.
 
 Softmax ``y = p``, log-softmax with p = exp(y), J = I - 1 p^T:
 
@@ -49,6 +51,7 @@ class ClosedForm:
 
     def __init__(self, call: Call) -> None:
         self.call = call
+        self.active = call.active
         args, kwargs = pytree.tree_unflatten([widen(v) for v in call.leaves], call.spec)
         self.prepare(*args, **kwargs)
 
@@ -73,7 +76,7 @@ class ClosedForm:
 
     def recursion(self, s: Tensors, g: Tensors) -> list[Tensor | None]:
         if s[0] is None and g[0] is None:
-            return [None] * len(self.call.active)
+            return [None] * len(self.active)
         return self._by_operand(self.both(widen(s[0]), widen(g[0])))
 
     def _by_operand(self, found: dict[int, Any]) -> list[Tensor | None]:
@@ -91,14 +94,15 @@ class Named(ClosedForm):
     """A pointwise operator of one tensor, by autograd's formulas for it."""
 
     def prepare(self, x: Tensor, **options: Any) -> None:
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            self.first = derivative(self.call.op(x, **options), x)
-            self.second = derivative(self.first, x)
+        self.x, self.options = x, options
 
     def both(self, s: Tensor | None, g: Tensor | None) -> dict[int, Tensor | None]:
-        assert self.first is not None
-        return {0: add(mul(self.first * self.first, s), mul(self.second, g))}
+        x = self.x.detach().requires_grad_()
+        with torch.enable_grad():
+            first = derivative(self.call.op(x, **self.options), x)
+            second = derivative(first, x)
+        assert first is not None
+        return {0: add(mul(first * first, s), mul(second, g))}
 
 
 @closed_form(aten.softmax.int, aten._softmax.default)
@@ -186,6 +190,7 @@ class Normalization(ClosedForm):
     """
 
     shape: list[Any] | None = None
+    centred = True  # whether a mean is subtracted
     rows: list[int]
     affine: list[int]
     whole: Any  # the shape of x
@@ -231,8 +236,9 @@ class Normalization(ClosedForm):
             direct, constant, linear, square = self._of_s(s, n, found)
         if g is not None and slope is not None:
             along = self._total(g * self.z, self.w) / n
-            constant, square = add(constant, along * (1 / n - 1)), add(square, along / n)
-        if 0 in self.call.active:
+            mean = 1 / n if self.centred else 0
+            constant, square = add(constant, along * (mean - 1)), add(square, along / n)
+        if 0 in self.active:
             inner = add(mul(self.z, mul(square, squares)), mul(linear, squares))
             inner = add(inner, None if slope is None else slope * (r * (-2 / n)))
             total = add(mul(self.z, inner), mul(constant, squares))
@@ -242,18 +248,21 @@ class Normalization(ClosedForm):
 
     def _of_s(
         self, s: Tensor, n: Any, found: dict[int, Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """What is not a product with the row's z, and the coefficients of those, before r^2."""
         sz = s * self.z
         szz = sz * self.z
-        direct = (1 - 2 / n) * s - (2 / n) * szz
+        direct = (1 - 2 / n) * s if self.centred else s
+        direct = direct - (2 / n) * szz
         w = None
         if self.w is not None:
             found[1], found[2] = self._parameter(szz), self._parameter(s)
             w = self.w * self.w
             direct = direct * w
-        sums = [self._total(value, w) / n for value in (s, sz, szz)]
-        return direct, sums[0] / n, sums[1] * (2 / n), sums[2] / n
+        square = self._total(szz, w) / n / n
+        if not self.centred:
+            return direct, None, None, square
+        return direct, self._total(s, w) / n / n, self._total(sz, w) / n * (2 / n), square
 
 
 def is_one(size: Any) -> bool:

@@ -7,11 +7,13 @@ named operator and its hand-written spelling share one rule. Reductions keep the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 aten = torch.ops.aten
 
@@ -19,8 +21,12 @@ DEFINITIONS: dict[Any, Callable[..., Any]] = {}
 # Definitions that replace the operator at capture: they contain contractions or selections, which
 # a region does not.
 AT_CAPTURE: dict[Any, Callable[..., Any]] = {}
-# Of those, the ones that models repeat so often that they are written in after the others.
-REPEATED = {aten.scaled_dot_product_attention.default}
+# What models repeat so often that it is written in after the others -> whose definition it has.
+REPEATED: dict[Any, Any] = {
+    aten.scaled_dot_product_attention.default: aten.scaled_dot_product_attention.default
+}
+# What a definition calls many times, as it is called there -> what it does; see `repeats`.
+STEPS: dict[Callable, Callable] = {}
 # Their definition reads other outputs of the call (a drawn mask), passed as the keyword `saved`.
 READS_OUTPUTS: set[Any] = set()
 # Their definition holds for some calls only; asked with the call's arguments.
@@ -43,6 +49,23 @@ def defines(
         return function
 
     return decorate
+
+
+def repeats(step: Callable) -> Callable:
+    """Let a trace keep calls of `step` whole, to be written in later from one trace of it.
+
+    Its first argument after the input is the state, a tuple of tensors; it returns the next one, of
+    the same shapes.
+    """
+
+    @functools.wraps(step)
+    def call(*args: Any) -> Any:
+        if has_torch_function(args[:1]):  # a trace is on that wants to know
+            return handle_torch_function(call, args[:1], *args)
+        return step(*args)
+
+    STEPS[call] = step
+    return call
 
 
 def dims_of(x: Tensor, dim: Any) -> list[int]:

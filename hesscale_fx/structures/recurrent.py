@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hesscale_fx.structures.definitions import defines
+from hesscale_fx.structures.definitions import defines, repeats
 
 aten = torch.ops.aten
 
@@ -21,12 +21,14 @@ Step = Callable[[Tensor, State, list[Tensor]], State]  # input projection, state
 
 
 def rnn_step(act: Callable[[Tensor], Tensor]) -> Step:
+    @repeats
     def step(projected: Tensor, state: State, weights: list[Tensor]) -> State:
         return (act(projected + linear(state[0], *weights[:2])),)
 
     return step
 
 
+@repeats
 def lstm_step(projected: Tensor, state: State, weights: list[Tensor]) -> State:
     h, c = state
     bias = weights[1:2] if len(weights) > 1 and weights[1].dim() == 1 else []
@@ -37,6 +39,7 @@ def lstm_step(projected: Tensor, state: State, weights: list[Tensor]) -> State:
     return (linear(h, projection[0]) if projection else h), c
 
 
+@repeats
 def gru_step(projected: Tensor, state: State, weights: list[Tensor]) -> State:
     h = state[0]
     xr, xz, xn = projected.chunk(3, -1)
@@ -53,9 +56,8 @@ def layer(
     projected = linear(x, w_ih, rest[0] if biased else None)
     inner = [w_hh, *(rest[1:] if biased else rest)]
     outputs = []
-    times = range(x.shape[0])
-    for t in reversed(times) if backward else times:
-        state = step(projected[t], state, inner)
+    for at in reversed(projected.unbind()) if backward else projected.unbind():
+        state = step(at, state, inner)
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backward else outputs), state
 
@@ -86,7 +88,7 @@ def stack_layers(
             finals.append(final)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if train and dropout and i < layers - 1:
-            x = torch.dropout(x, dropout, True)
+            x = torch.native_dropout(x, dropout, True)[0]
     return (x.transpose(0, 1) if batch_first else x), finals
 
 

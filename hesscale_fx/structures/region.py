@@ -25,7 +25,7 @@ knows about reshapes or permutations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,8 @@ class Region:
     stages: list[list[fx.Node]] = field(default_factory=list)
     # The operator, with options, that it is a spelling of.
     named: tuple[Any, dict[str, Any]] | None = None
+    # The row function that it is a spelling of (see spelled.py).
+    spelled: Any = None
 
     name: str = field(default="", init=False)
 
@@ -414,6 +416,8 @@ class RegionAt:
         x = value(source)
         if node.target in _PEAKS:
             return _PEAKS[node.target](x, self._positions(over)) if over else x
+        if node.target in _MEANS:  # in one call, as the forward has it
+            return x.mean(self._positions(over), keepdim=True) if over else x
         integrand = self._integrand(node, x)
         return integrand.sum(self._positions(over), keepdim=True) if over else integrand
 
@@ -422,7 +426,7 @@ class RegionAt:
         dims, _ = reduction(node)
         return [a for d in dims for a in self.region.dims[source][d]]
 
-    def _positions(self, axes: list[int]) -> list[int]:
+    def _positions(self, axes: Iterable[int]) -> list[int]:
         return sorted(self._layout.position[a] for a in axes)
 
     def _integrand(self, node: fx.Node, x: Tensor) -> Tensor:
@@ -437,7 +441,7 @@ class RegionAt:
             hit = (full == peak).to(full.dtype)
             return x * (hit / hit.sum(self._positions(over), keepdim=True))
         x = x if _same(x.shape, shape) else x.expand(shape)
-        if node.target in (aten.mean.default, aten.mean.dim) and over:
+        if node.target in _MEANS and over:
             return x / math.prod([self._layout.sizes[a] for a in over])
         return x
 
@@ -531,6 +535,7 @@ def is_constant(node: fx.Node) -> bool:
     return not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex())
 
 
+_MEANS = {aten.mean.default, aten.mean.dim}
 _PEAKS: dict[Any, Callable[[Tensor, list[int]], Tensor]] = {
     aten.amax.default: lambda x, dims: x.amax(dims, keepdim=True),
     aten.max.default: lambda x, dims: x.amax(dims, keepdim=True),

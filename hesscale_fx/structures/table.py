@@ -10,9 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from hesscale_fx.structures import bysize, definitions, recurrent  # noqa: F401  (they register)
+from hesscale_fx.structures import (  # noqa: F401  (they register)
+    bysize,
+    definitions,
+    recurrent,
+    recurrent_whole,
+)
 from hesscale_fx.structures.bag import EmbeddingBag, written_out
 from hesscale_fx.structures.base import Call, Structure, widen
 from hesscale_fx.structures.byindex import index_reduce, scatter_reduce
@@ -304,8 +309,12 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
 
 def any_complex(tree: Any) -> bool:
     """Whether a call has complex numbers among its arguments (values, or nodes of them)."""
-    values = (getattr(v, "meta", {}).get("val", v) for v in torch.utils._pytree.tree_leaves(tree))
-    return any(v.is_complex() if isinstance(v, Tensor) else isinstance(v, complex) for v in values)
+    if isinstance(tree, (tuple, list)):
+        return any(map(any_complex, tree))
+    if isinstance(tree, dict):
+        return any(map(any_complex, tree.values()))
+    value = tree.meta.get("val", tree) if isinstance(tree, fx.Node) else tree
+    return value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex)
 
 
 def complex_structure(op: Any) -> Structure | None:

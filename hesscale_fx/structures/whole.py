@@ -26,6 +26,15 @@ def replaces(owner: Any, name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+# The same for a trace above autograd alone: what is called instead has no derivative.
+_REPLACED_IN_EXPORT: dict[Callable, Callable] = {}
+
+
+def replaces_in_export(original: Callable, function: Callable) -> None:
+    """Have torch.export call `function` instead of the function or operator `original`."""
+    _REPLACED_IN_EXPORT[original] = function
+
+
 class Replacing(TorchFunctionMode):
     """Catches what was imported by name, such as ``from torch.linalg import lstsq``."""
 
@@ -39,10 +48,16 @@ class Replacing(TorchFunctionMode):
 
 
 @contextmanager
-def captured_whole() -> Iterator[None]:
-    """Let a traced model call the operators that stand for the functions above."""
+def captured_whole(*, exporting: bool = False) -> Iterator[None]:
+    """Let a traced model call the operators that stand for the functions above.
+
+    Args:
+        exporting: whether torch.export traces, which differentiates nothing.
+    """
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACED]
     table = {o[2]: r[2] for o, r in zip(originals, _REPLACED, strict=True)}
+    if exporting:
+        table.update(_REPLACED_IN_EXPORT)
     # A mode sees no calls from within a function of torch.nn.functional, which it has seen already.
     for owner, name, function in _REPLACED:
         setattr(owner, name, function)
