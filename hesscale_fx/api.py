@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import (
@@ -21,6 +23,7 @@ from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
+from hesscale_fx.analysis.shifts import find_shifts
 from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
 from hesscale_fx.emit import Emission
@@ -185,6 +188,11 @@ def transform(
             f"example_inputs must be the tuple of arguments that hs will be called with, not "
             f"{type(example_inputs).__name__}: write example_inputs=(x, y)."
         )
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InvalidArgumentError(
+            "example_kwargs must be the dictionary of the model's keyword arguments, not "
+            f"{type(example_kwargs).__name__}."
+        )
     if example_inputs is not None:
         hs._capture(tuple(example_inputs), dict(example_kwargs or {}))
     elif example_kwargs is not None:
@@ -216,6 +224,10 @@ class Builder:
         self.calibrate = int((options or {}).get("calibrate", 0))
         if loss is not None and not callable(loss):
             raise InvalidArgumentError(f"loss must be callable, not {type(loss).__name__}.")
+        if isinstance(loss, type):
+            raise InvalidArgumentError(
+                f"loss is the class {loss.__name__}; give an instance: {loss.__name__}(...)."
+            )
         if curvature_dtype not in CURVATURE_DTYPES:
             raise InvalidArgumentError(
                 f"curvature_dtype must be torch.bfloat16, torch.float32 or None, not "
@@ -250,6 +262,10 @@ class Builder:
             found[name] = (inner, parameter)
         return found
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """User's name -> the parameter that the model has under it now."""
+        return {name: self.step.get_parameter(inner) for name, (inner, _) in self.names.items()}
+
     def _selected(self) -> list[str]:
         """Names of the parameters to differentiate."""
         trainable = [n for n, (_, p) in self.names.items() if p.requires_grad]
@@ -257,9 +273,9 @@ class Builder:
         if wrt is None:
             chosen = trainable
         elif callable(wrt):
-            chosen = [n for n, (_, p) in self.names.items() if wrt(n, p)]
+            chosen = self._chosen_by(wrt)
         else:
-            patterns = [wrt] if isinstance(wrt, str) else list(wrt)
+            patterns = [wrt] if isinstance(wrt, str) else list_of_names(wrt)
             chosen = []
             for pattern in patterns:
                 if pattern == "inputs":
@@ -280,7 +296,8 @@ class Builder:
         if not chosen and not self.wants_inputs:
             raise InvalidArgumentError(
                 "There is no parameter to differentiate: none requires grad. Set requires_grad, or "
-                "say what to differentiate with wrt, e.g. wrt='inputs'."
+                "say what to differentiate with wrt, e.g. wrt='inputs'. A function's parameters "
+                "are those of the modules that it names; a tensor of its own is none."
             )
         for name in chosen:
             if self.names[name][1].is_complex():
@@ -289,6 +306,18 @@ class Builder:
                     "parameters only. Keep real and imaginary parts, or leave it out of wrt."
                 )
         return chosen
+
+    def _chosen_by(self, predicate: Callable[[str, nn.Parameter], bool]) -> list[str]:
+        try:
+            inspect.signature(predicate).bind("name", None)
+        except TypeError as error:
+            raise InvalidArgumentError(
+                "wrt is called as wrt(name, parameter), which this predicate does not take: "
+                f"{error}."
+            ) from error
+        except ValueError:  # it has no signature
+            pass
+        return [n for n, (_, p) in self.names.items() if predicate(n, p)]
 
     @property
     def wants_inputs(self) -> bool:
@@ -301,6 +330,11 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
+        with torch.inference_mode(False):  # under it autograd gives no formula
+            return self.build(*pytree.tree_map_only(torch.Tensor, differentiable, (args, kwargs)))
+
+    def build(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
+        """As a call does."""
         stages = Stages()
         reason: Exception | None = None
         for captured in capture(self.step, args, kwargs, dynamic=self.dynamic):
@@ -325,7 +359,7 @@ class Builder:
     def split(self, captured: Captured) -> Program:
         """The graph of `HesScaleModule.loss_curvature`."""
         stages = Stages()
-        with quiet():
+        with quiet(), torch.inference_mode(False):
             program = self.compile(captured, stages, LossSplit())
         stages.total()
         return program
@@ -365,6 +399,9 @@ class Builder:
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
+        shifts = find_shifts(primitives.graph, active, loss)
+        if shifts:
+            active = active_nodes(primitives.graph, loss, leaves, shifts)
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(
             primitives.graph,
@@ -494,6 +531,24 @@ def matches(name: str, pattern: str) -> bool:
     """A name, a prefix at a dot, or a shell pattern."""
     stem = pattern.rstrip(".")
     return name == stem or name.startswith(f"{stem}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def list_of_names(wrt: Any) -> list[str]:
+    """The patterns of a `wrt` that is a list, or an error."""
+    named = isinstance(wrt, Iterable) and not isinstance(wrt, (torch.Tensor, Mapping))
+    patterns = list(wrt) if named else [wrt]
+    for pattern in patterns:
+        if not named or not isinstance(pattern, str):
+            raise InvalidArgumentError(
+                "wrt takes names, patterns, a list of them, or a predicate on (name, parameter), "
+                f"not {type(pattern).__name__}. The names are those of model.named_parameters()."
+            )
+    return patterns
+
+
+def differentiable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that autograd takes of one from inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def serves(signature: Signature, args: tuple, kwargs: Mapping[str, Any]) -> bool:

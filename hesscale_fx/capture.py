@@ -7,6 +7,8 @@ composite operator is decomposed by PyTorch's own formulas.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 import io
@@ -26,6 +28,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
@@ -33,6 +37,7 @@ from hesscale_fx.checkpoints import seen_through
 from hesscale_fx.decisions import Decision, Reads, check_asserted
 from hesscale_fx.errors import (
     MESSAGE,
+    MODEL_ERRORS,
     CaptureError,
     HesScaleError,
     InvalidArgumentError,
@@ -107,11 +112,58 @@ class Step(nn.Module):
         flat = iter(tensors)
         leaves = [next(flat) if v is TENSOR else v for v in self.static]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        if self.loss_fn is None:
-            return self.model(*args, **kwargs)
-        inputs, targets = split_targets(args, self.targets)
-        out = mark_boundary(self.model(*inputs, **kwargs))
-        return self.loss_fn(out, *targets)
+        with assigned_in_place(self):
+            if self.loss_fn is None:
+                return self.model(*args, **kwargs)
+            inputs, targets = split_targets(args, self.targets)
+            out = mark_boundary(self.model(*inputs, **kwargs))
+            return self.loss_fn(out, *targets)
+
+
+@contextmanager
+def assigned_in_place(step: nn.Module) -> Iterator[None]:
+    """Write into a buffer what a forward assigns to it, ``self.mean = 0.9 * self.mean + ...``.
+
+    torch.export knows the buffers that are written into, and forgets those that are assigned.
+    """
+    before = [(m, name, b) for m in step.modules() for name, b in m._buffers.items()]
+    yield
+    for module, name, buffer in before:
+        now = module._buffers.get(name)
+        if now is buffer:
+            continue
+        if buffer is None or now is None or (now.shape, now.dtype) != (buffer.shape, buffer.dtype):
+            raise InvalidModelError(
+                f"The forward of {type(module).__name__} sets its buffer {name!r} to a tensor of "
+                "another shape or dtype, or from or to None. If it is a cache, call the model once "
+                "before, so that it is filled; else keep its shape and dtype."
+            )
+        with torch.no_grad():
+            buffer.copy_(now)
+        module._buffers[name] = buffer
+
+
+@contextmanager
+def attributes_kept(step: nn.Module) -> Iterator[None]:
+    """Take back tensors of a trace that a forward leaves on its module, ``self.last = y``."""
+    before = [(m, dict(m.__dict__)) for m in step.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name, value in list(module.__dict__.items()):
+                if attributes.get(name, module) is value or not holds_traced(value):
+                    continue
+                if name in attributes:
+                    module.__dict__[name] = attributes[name]
+                else:
+                    del module.__dict__[name]
+
+
+def holds_traced(value: Any) -> bool:
+    """Whether a value has tensors of a trace among its leaves."""
+    leaves = pytree.tree_leaves(value)
+    return any(isinstance(v, (FakeTensor, FunctionalTensor)) for v in leaves)
 
 
 def split_targets(args: tuple, targets: int) -> tuple[tuple, tuple]:
@@ -146,6 +198,11 @@ def mark_boundary(out: Any) -> Any:
     def mark(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return output(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            marked = copy.copy(value)
+            for name, item in vars(value).items():
+                object.__setattr__(marked, name, pytree.tree_map(mark, item))
+            return marked
         return value
 
     return pytree.tree_map(mark, out)
@@ -165,12 +222,23 @@ class _Function(nn.Module):
 
 
 def modules_of(function: Callable) -> dict[str, nn.Module]:
-    """The modules that a function reaches: its closure, globals, defaults, self and partials."""
+    """The modules that a function reaches: its closure, globals, defaults, self and partials.
+
+    Also those in the lists and dictionaries that it names, and on the object whose method it is.
+    """
     found: dict[str, nn.Module] = {}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and all(value is not m for m in found.values()):
             found[name] = value
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                if isinstance(item, nn.Module):
+                    add(f"{name}_{i}", item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if isinstance(item, nn.Module) and isinstance(key, str):
+                    add(f"{name}_{key}".replace(".", "_"), item)
 
     def visit(f: Any) -> None:
         if isinstance(f, functools.partial):
@@ -183,6 +251,11 @@ def modules_of(function: Callable) -> dict[str, nn.Module]:
         owner = getattr(f, "__self__", None)
         if isinstance(owner, nn.Module):
             add(type(owner).__name__.lower(), owner)
+        elif owner is not None and hasattr(owner, "__dict__") and not inspect.ismodule(owner):
+            for name, value in vars(owner).items():
+                add(name, value)
+        elif not inspect.isroutine(f) and not isinstance(f, type):
+            return visit(f.__call__)  # an object that can be called
         f = inspect.unwrap(getattr(f, "__func__", f))
         if inspect.isfunction(f):
             scope = inspect.getclosurevars(f)
@@ -203,6 +276,10 @@ def as_module(model: Any) -> tuple[nn.Module, str]:
         return model.module(), ""
     if isinstance(model, nn.Module):
         return model, ""
+    if isinstance(model, type):
+        raise InvalidModelError(
+            f"{model.__name__} is a class; transform() takes a model: {model.__name__}(...)."
+        )
     if callable(model):
         modules = modules_of(model)
         prefix = f"{next(iter(modules))}." if len(modules) == 1 else ""
@@ -265,7 +342,8 @@ def capture(
     for way in ways(step, tensors, dynamic):
         start = time.perf_counter()
         try:
-            captured = way(names)
+            with attributes_kept(step):
+                captured = way(names)
         except Refusal:
             raise
         except CaptureError as error:
@@ -450,7 +528,8 @@ def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
         with torch.random.fork_rng(), grad_modes(), captured_whole(), reads.recording():
             torch.func.functional_call(step, buffers, inputs)
     except Exception as error:
-        raise Refusal(explain(error, step)) from error
+        kind = next((k for k in MODEL_ERRORS if isinstance(error, k.__bases__[-1])), Refusal)
+        raise kind(explain(error, step, OWN_ERROR)) from error
     return reads
 
 
@@ -515,18 +594,24 @@ def user_line(error: Exception) -> str:
     return where
 
 
-def explain(error: Exception, step: nn.Module) -> str:
+ONE_PATH = (
+    "torch.export traces one path: replace control flow that reads tensor values "
+    "(torch.where, torch.cond), or move it out of the module."
+)
+OWN_ERROR = (
+    "The model or the loss raises it without any trace as well: call them on these arguments "
+    "yourself, as loss(model(*inputs), *targets)."
+)
+
+
+def explain(error: Exception, step: nn.Module, way_out: str = ONE_PATH) -> str:
     """The reason of a failed capture in two lines."""
     text = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = text[0] if text else type(error).__name__
     if type(error).__name__ not in reason:
         reason = f"{type(error).__name__}: {reason}"
     name = type(getattr(step, "model", step)).__name__
-    return (
-        f"{name} cannot be captured{user_line(error)}: {reason[:300]}\n"
-        "torch.export traces one path: replace control flow that reads tensor values "
-        "(torch.where, torch.cond), or move it out of the module."
-    )
+    return f"{name} cannot be captured{user_line(error)}: {reason[:300]}\n{way_out}"
 
 
 def argument_names(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
@@ -578,7 +663,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     leaves = unify_tied(read_inputs(program, step, names), step, graph)
     for leaf in leaves:
         leaf.node.meta["hesscale_name"] = leaf.name.removeprefix("model.").lstrip("_")
-    refuse_writes(signature, {leaf.name for leaf in leaves if leaf.kind == "buffer"})
+    refuse_writes(signature, leaves, graph)
     outputs = graph.find_nodes(op="output")[0]
     kinds = [spec.kind.name for spec in signature.output_specs]
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
@@ -710,8 +795,14 @@ def unify_tied(leaves: list[Leaf], step: Step, graph: fx.Graph) -> list[Leaf]:
     return kept
 
 
-def refuse_writes(signature: Any, buffers: set[str]) -> None:
-    for spec in signature.output_specs:
+def refuse_writes(signature: Any, leaves: list[Leaf], graph: fx.Graph) -> None:
+    """A model may write into its buffers, and into nothing else that was there before."""
+    buffers = {leaf.name for leaf in leaves if leaf.kind == "buffer"}
+    names = {leaf.node.name: leaf.name for leaf in leaves}
+    results = graph.find_nodes(op="output")[0].args[0]
+    for spec, result in zip(signature.output_specs, results, strict=True):
+        line = source_line(result) if isinstance(result, fx.Node) else ""
+        where = f" at {line}" if line else ""
         if spec.kind.name == "BUFFER_MUTATION" and spec.target not in buffers:
             raise InvalidModelError(
                 "The model writes into a tensor that is neither a buffer of it nor made by it. "
@@ -719,12 +810,13 @@ def refuse_writes(signature: Any, buffers: set[str]) -> None:
             )
         if spec.kind.name == "USER_INPUT_MUTATION":
             raise InvalidModelError(
-                f"The model writes into its input {spec.target!r}. Let it work on a copy: "
-                "x = x.clone()."
+                f"The model writes into its input {names.get(spec.target, spec.target)!r}{where}. "
+                "Let it work on a copy: x = x.clone()."
             )
         if spec.kind.name == "PARAMETER_MUTATION":
+            name = spec.target.removeprefix("model.")
             raise InvalidModelError(
-                f"The model writes into its parameter {spec.target.removeprefix('model.')!r}; "
+                f"The model writes into its parameter {name!r}{where}; "
                 "then the loss is no function of the parameters. Make it a buffer."
             )
 
@@ -734,7 +826,8 @@ def check_loss(outputs: list[Any], step: Step) -> None:
     who = "The loss" if step.loss_fn is not None else "The model"
     way = "Pass the loss: transform(model, loss), e.g. transform(model, lambda out: out.loss)."
     if len(outputs) != 1 or not isinstance(outputs[0], fx.Node):
-        raise InvalidModelError(f"{who} returns {len(outputs)} values, not one scalar loss. {way}")
+        what = f"{len(outputs)} values" if len(outputs) != 1 else "no tensor"
+        raise InvalidModelError(f"{who} returns {what}, not one scalar loss. {way}")
     value = outputs[0].meta["val"]
     if not isinstance(value, torch.Tensor):
         raise InvalidModelError(f"{who} returns a {type(value).__name__}, no tensor. {way}")

@@ -38,6 +38,17 @@ class Refusal(CaptureError):
     """A reason that no other way of capture would change."""
 
 
+class ModelTypeError(Refusal, TypeError):
+    """The model or the loss raises a TypeError at these arguments: too many, or of another kind."""
+
+
+class ModelValueError(Refusal, ValueError):
+    """The model or the loss raises a ValueError at these arguments."""
+
+
+MODEL_ERRORS = (ModelTypeError, ModelValueError)
+
+
 class UnsupportedOperatorError(HesScaleError, NotImplementedError):
     """An operator on the path from a differentiated tensor to the loss has no structure."""
 

@@ -53,18 +53,30 @@ class State:
     """What a graph has baked in of the model besides its code."""
 
     modes: list[bool]  # train or eval, of every submodule
-    dtypes: list[torch.dtype]  # of parameters and buffers
+    names: list[str]  # of parameters and buffers
+    dtypes: list[torch.dtype]
     devices: list[torch.device]
 
     @classmethod
     def of(cls, model: nn.Module) -> State:
         """The state of `model` now."""
-        tensors = [*model.parameters(), *model.buffers()]
+        named = [*model.named_parameters(), *model.named_buffers()]
         return cls(
             [m.training for m in model.modules()],
-            [t.dtype for t in tensors],
-            [t.device for t in tensors],
+            [name for name, _ in named],
+            [t.dtype for _, t in named],
+            [t.device for _, t in named],
         )
+
+    def check_names(self, now: State) -> None:
+        """Raise where parameters or buffers came or went: what to return was decided before."""
+        changed = [n for n in (*now.names, *self.names) if (n in now.names) != (n in self.names)]
+        if changed:
+            raise CallError(
+                "The model's parameters or buffers have changed since the graph was captured: "
+                f"{', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''} "
+                "came or went. Transform the model again."
+            )
 
     def mismatch(self, now: State) -> Exception | None:
         """Why a graph of this state does not serve another, or None."""
@@ -228,6 +240,17 @@ class HesScaleModule(fx.GraphModule):
                 self._non_persistent_buffers_set.add(name)
         self.training = model.training
 
+    def _relink(self) -> None:
+        """Share what has been set on the model in place of what it had: a new child, or buffer."""
+        model = self._model
+        for own, kept in (
+            (self._modules, model._modules),
+            (self._parameters, model._parameters),
+            (self._buffers, model._buffers),
+        ):
+            if any(own.get(name) is not value for name, value in kept.items()):
+                return self._link()
+
     def _every_program(self) -> Iterator[Program]:
         for program in self._programs.values():
             yield program
@@ -343,7 +366,10 @@ class HesScaleModule(fx.GraphModule):
         active = self._active
         state = State.of(self._model)
         reason: Exception | None = None
+        if not torch.compiler.is_compiling():
+            self._relink()
         if active is not None:
+            active.state.check_names(state)
             reason, tensors = self._serves(active, args, kwargs, state)
             if reason is None:
                 return active, tensors
@@ -425,6 +451,7 @@ class HesScaleModule(fx.GraphModule):
 
     def _ready(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Capture, before the compiler's own tracing begins, what the call needs."""
+        self._relink()
         if self._lazy or self._active is None:
             self._find(args, kwargs)
 
@@ -528,7 +555,7 @@ class HesScaleModule(fx.GraphModule):
         program, tensors = self._find(args, kwargs)
         names = [i.name for i in program.signature.inputs]
         leaves = dict(zip(names, tensors, strict=True))
-        leaves.update((name, p) for name, (_, p) in self._build.names.items())
+        leaves.update(self._build.parameters())
         others = [*self.buffers(), *(t for t in tensors if isinstance(t, Tensor))]
         accumulate(leaves, out.grads, out.hess_diag, others, self._schedule is not None)
         return out.loss
@@ -673,7 +700,7 @@ class HesScaleModule(fx.GraphModule):
         inputs = [i.name for i in program.signature.inputs]
         start = {
             **dict(zip(inputs, tensors, strict=True)),
-            **{name: p.detach() for name, (_, p) in names.items()},
+            **{name: p.detach() for name, p in self._build.parameters().items()},
         }
         state = {n.removeprefix("model."): b for n, b in buffers.items()}
         primitives = program.primitives

@@ -88,11 +88,11 @@ class Signature:
                 f"The call has {describe_call(args, kwargs)}, but the graph was captured with "
                 f"{describe_spec(self._spec)}. " + RETRANSFORM
             )
-        for have, want in zip(leaves, self._static, strict=True):
-            if want is not TENSOR and not (type(have) is type(want) and have == want):
+        for i, (have, want) in enumerate(zip(leaves, self._static, strict=True)):
+            if want is not TENSOR and not is_same(have, want):
                 raise CallError(
-                    f"The call has the constant argument {have!r} where the graph was captured "
-                    f"with {want!r}, which is baked in. " + RETRANSFORM
+                    f"{argument_at(i, args, kwargs)} is {brief(have)} where the graph was captured "
+                    f"with {brief(want)}, which is baked in. " + RETRANSFORM
                 )
         return [leaves[i] for i in self._tensors]
 
@@ -197,3 +197,28 @@ def describe_spec(spec: pytree.TreeSpec) -> str:
     """The same of captured arguments."""
     args, kwargs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
     return describe_call(args, kwargs)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two constants are equal; what cannot be compared as a whole (an array) is not."""
+    if type(a) is not type(b):
+        return False
+    try:
+        return a is b or bool(a == b)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def argument_at(position: int, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """Which argument of a call a leaf belongs to, for a message."""
+    path = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0][position][0]
+    first = path[1] if len(path) > 1 else path[0]
+    return f"Argument {getattr(first, 'key', getattr(first, 'idx', position))!r}"
+
+
+def brief(value: Any) -> str:
+    """A value in a message: tensors by shape, others in one line."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) < 60 else f"{text[:60]}..."

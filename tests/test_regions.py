@@ -569,6 +569,19 @@ def _log_softmax():
     }
 
 
+@family("softmax shifted by the maximum of all rows")
+def _softmax_shifted_by_all():
+    def whole(x, p):
+        e = torch.exp(x - x.max())
+        return e / e.sum(-1, keepdim=True)
+
+    def logs(x, p):
+        m = x.amax((0, 1), keepdim=True)
+        return torch.exp(x - (x - m).exp().sum(-1, keepdim=True).log() - m)
+
+    return {"F": lambda x, p: F.softmax(x, -1), "exp, sum": whole, "exp, sum, log": logs}
+
+
 @family("logsumexp")
 def _logsumexp():
     def stable(x, p):

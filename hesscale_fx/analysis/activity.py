@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import fx
 
 from hesscale_fx.structures.region import is_constant
 
 
-def active_nodes(graph: fx.Graph, loss: fx.Node, leaves: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes that depend on a leaf and that the loss depends on, differentiably."""
+def active_nodes(
+    graph: fx.Graph,
+    loss: fx.Node,
+    leaves: Iterable[fx.Node],
+    constants: Collection[fx.Node] = (),
+) -> set[fx.Node]:
+    """Nodes that depend on a leaf and that the loss depends on, differentiably.
+
+    `constants`: nodes known to pass no derivative on.
+    """
     reached = set(leaves)
     for node in graph.nodes:
         follows = node.op == "call_function" and any(a in reached for a in node.all_input_nodes)
-        if follows and not is_constant(node):
+        if follows and node not in constants and not is_constant(node):
             reached.add(node)
     needed: set[fx.Node] = {loss} & reached
     for node in reversed(graph.nodes):

@@ -398,36 +398,38 @@ class Partition:
         return {x for a in entering if a in self._active for x in outer - set(axes.atoms(a))}
 
     def _region(self, nodes: list[fx.Node]) -> Region | None:
-        """The region of `nodes`, or None if its axes have no common factors or no common row."""
-        axes = Axes()
-        members = set(nodes)
-        try:
-            for node in nodes:
-                assign(node, axes)
-        except AxesError:
-            return None
-        dims = {n: axes.dims(n) for n in axes.nodes()}
-        if any(len(set(d)) < len(d) for d in (sum(v, []) for v in dims.values())):
-            return None  # one axis twice in a tensor, e.g. x + x.T
-        rows = {
-            frozenset(a for d in reduction(n)[0] for a in dims[n.args[0]][d])  # type: ignore[index]
-            for n in nodes
-            if n.target in table.REDUCTIONS
-        } - {frozenset()}
-        if len(rows) > 1:
-            return None
-        inputs = [
-            a
-            for a in dict.fromkeys(a for n in nodes for a in operands_of(n))
-            if a in self._active and a not in members
-        ]
-        widest = max(dims.values(), key=lambda v: len(sum(v, [])))
-        order = list(
-            dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))])
-        )
-        outputs = [n for n in nodes if not any(u in members for u in self._users[n])]
-        sizes = {a: int(axes.size(a)) for a in order if axes.size(a).is_Integer}
-        return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)
+        return region_of(nodes, self._active)
+
+
+def region_of(nodes: list[fx.Node], active: set[fx.Node]) -> Region | None:
+    """The region of `nodes`, or None if its axes have no common factors or no common row."""
+    axes = Axes()
+    members = set(nodes)
+    try:
+        for node in nodes:
+            assign(node, axes)
+    except AxesError:
+        return None
+    dims = {n: axes.dims(n) for n in axes.nodes()}
+    if any(len(set(d)) < len(d) for d in (sum(v, []) for v in dims.values())):
+        return None  # one axis twice in a tensor, e.g. x + x.T
+    rows = {
+        frozenset(a for d in reduction(n)[0] for a in dims[n.args[0]][d])  # type: ignore[index]
+        for n in nodes
+        if n.target in table.REDUCTIONS
+    } - {frozenset()}
+    if len(rows) > 1:
+        return None
+    inputs = [
+        a
+        for a in dict.fromkeys(a for n in nodes for a in operands_of(n))
+        if a in active and a not in members
+    ]
+    widest = max(dims.values(), key=lambda v: len(sum(v, [])))
+    order = list(dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))]))
+    outputs = [n for n in nodes if not any(u in members for u in n.users)]
+    sizes = {a: int(axes.size(a)) for a in order if axes.size(a).is_Integer}
+    return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

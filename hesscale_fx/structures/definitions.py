@@ -124,6 +124,22 @@ def logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     return squeeze(total((x - peak).exp(), dims).log() + peak, dims, keepdim)
 
 
+def power(x: Tensor, exponent: float) -> Tensor:
+    """A power of what is not negative, with derivatives of zero where it is zero.
+
+    So norms and standard deviations of rows of zeros have PyTorch's derivative, and like every
+    kink no second one.
+    """
+    zero = x == 0
+    y = torch.where(zero, torch.ones_like(x), x)
+    y = y.sqrt() if exponent == 0.5 else y.pow(exponent)
+    return torch.where(zero, torch.zeros_like(x), y)
+
+
+def root(x: Tensor, order: float = 2) -> Tensor:
+    return power(x, 1 / order) if order > 0 else x.pow(1 / order)
+
+
 def moments(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     """Deviations from the mean over `dims` and the biased variance."""
     d = x - x.mean(dims, keepdim=True)
@@ -147,13 +163,13 @@ def var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: boo
 
 @defines(aten.std.correction)
 def std(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
-    return var(x, dim, correction=correction, keepdim=keepdim).sqrt()
+    return root(var(x, dim, correction=correction, keepdim=keepdim))
 
 
 @defines(aten.std_mean.correction)
 def std_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
     v, mean = var_mean(x, dim, correction=correction, keepdim=keepdim)
-    return v.sqrt(), mean
+    return root(v), mean
 
 
 @defines(aten.linalg_vector_norm.default)
@@ -171,8 +187,9 @@ def vector_norm(
     if ord == 1:
         return squeeze(total(absolute(x), dims), dims, keepdim)
     if ord == 2:
-        return squeeze(total(x * x, dims).sqrt(), dims, keepdim)
-    return squeeze(total(absolute(x).pow(ord), dims).pow(1 / ord), dims, keepdim)
+        return squeeze(root(total(x * x, dims)), dims, keepdim)
+    powers = absolute(x).pow(ord) if not 0 < ord < 2 else power(absolute(x), ord)
+    return squeeze(root(total(powers, dims), ord), dims, keepdim)
 
 
 @defines(aten.dist.default)

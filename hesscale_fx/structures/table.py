@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hesscale_fx.structures import (  # noqa: F401  (they register definitions)
+from hesscale_fx.structures import (  # noqa: F401  (they register)
+    bysize,
     definitions,
     recurrent,
     recurrent_whole,
