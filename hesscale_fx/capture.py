@@ -669,7 +669,7 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     check_loss([o for o, k in zip(outputs.args[0], kinds, strict=True) if k == "USER_OUTPUT"], step)
     drop_checks(graph)
     name_checks(graph)
-    drop_whole_slices(graph)
+    see_through_selections(graph)
     merge_equal(graph)
     boundary = strip_boundary(graph)  # may replace the outputs, so they are read after it
     results = outputs.args[0]
@@ -871,15 +871,31 @@ def name_checks(graph: fx.Graph) -> None:
         node.args = (condition, f"{MESSAGE}: {reason.split(' on node ')[0]}{at}")
 
 
-def drop_whole_slices(graph: fx.Graph) -> None:
-    """``x[:]`` is x; export writes one for every ``:`` next to a None or an index."""
+def see_through_selections(graph: fx.Graph) -> None:
+    """Views, to which a region does not end, instead of selections of all there is.
+
+    ``x[:]`` is x; export writes one for every ``:`` next to a None or an index. ``x[:, 0]`` of a
+    dimension of one entry drops it.
+    """
     for node in list(graph.nodes):
-        if node.target is aten.slice.Tensor:
-            given = list(node.args[2:])
-            start, end, step = given + [None, None, 1][len(given) :]
-            if start in (None, 0) and end in (None, sys.maxsize) and step == 1:
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        if node.target is aten.slice.Tensor and takes_all(*node.args):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is aten.select.int and size_of(*node.args[:2]) == 1:
+            node.target, node.args = aten.squeeze.dim, node.args[:2]
+
+
+def takes_all(x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    """Whether a slice is of all entries."""
+    size = size_of(x, dim)
+    ends = end in (None, sys.maxsize) or (isinstance(end, int) and size is not None and end >= size)
+    return start in (None, 0) and ends and step == 1
+
+
+def size_of(x: fx.Node, dim: int) -> int | None:
+    """The number of entries along a dimension, where it is no symbol."""
+    size = x.meta["val"].shape[dim]
+    return size if isinstance(size, int) else None
 
 
 def strip_boundary(graph: fx.Graph) -> list[fx.Node]:

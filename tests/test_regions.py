@@ -513,11 +513,21 @@ def _cosine():
             a.square().sum(-1, keepdim=True) * b.square().sum(-1, keepdim=True)
         )
 
+    def products(dot):
+        def by_products(x, p):
+            a, b = x[:, 0], x[:, 1]
+            return (dot(a, b) / (dot(a, a) * dot(b, b)).sqrt())[:, None]
+
+        return by_products
+
     return {
         "F": lambda x, p: F.cosine_similarity(x[:, 0], x[:, 1])[:, None],
         "by hand": by_hand,
         "squares": squares,
         "normalized": separately,
+        "einsum": products(lambda a, b: torch.einsum("bi,bi->b", a, b)),
+        "vecdot": products(torch.linalg.vecdot),
+        "matmul": products(lambda a, b: (a[:, None] @ b[..., None])[:, 0, 0]),
     }
 
 

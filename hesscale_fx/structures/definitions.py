@@ -414,6 +414,21 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum()
 
 
+def one_by_one(x: Any, y: Any, **options: Any) -> bool:
+    """Whether each product of a batch is of one row and one column, as einsum writes a dot."""
+    return _is_one(x.shape[1]) and _is_one(y.shape[2])
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+@defines(aten.bmm.default, accepts=one_by_one)
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """As `dot`: each entry is used once."""
+    return (x * y.transpose(1, 2)).sum(2, keepdim=True)
+
+
 # --- replaced at capture ------------------------------------------------------------------------
 
 
