@@ -12,6 +12,7 @@ what the model cuts off (detach, no_grad, a gradient without create_graph) is ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -250,8 +251,26 @@ def clean(recorded: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif node.target is torch.ops.hesscale_fx.cut.default:
             node.target = aten.detach.default
+            if is_written(node):  # which a view of what was cut off must not be
+                with graph.inserting_after(node):
+                    own = graph.call_function(aten.clone.default, (node,))
+                own.meta.update(node.meta)
+                node.replace_all_uses_with(own, lambda user, new=own: user is not new)
     graph.eliminate_dead_code(is_impure_node=is_effect)
     recorded.recompile()
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether some call writes into a tensor, or into a view of it."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is None:
+            continue
+        for argument, value in zip(schema.arguments, user.args, strict=False):
+            alias = argument.alias_info if value is node else None
+            if alias is not None and (alias.is_write or is_written(user)):
+                return True
+    return False
 
 
 def is_effect(node: fx.Node) -> bool:
@@ -288,10 +307,28 @@ class FixedSizes(fx.Interpreter):
         """Run one call and fix the sizes of what it returns."""
         out = super().run_node(n)
         known = pytree.tree_leaves(n.meta.get("val"))
-        for have, want in zip(pytree.tree_leaves(out), known, strict=False):
-            if not isinstance(have, Tensor) or not isinstance(want, Tensor):
-                continue
-            for size, was in zip(have.shape, want.shape, strict=True):
-                if free_unbacked_symbols(size) and not free_unbacked_symbols(was):
-                    torch._check(size == was)
-        return out
+        leaves, spec = pytree.tree_flatten(out)
+        if len(known) != len(leaves):
+            return out
+        return pytree.tree_unflatten(map(with_sizes, leaves, known), spec)
+
+
+def with_sizes(value: Any, like: Any) -> Any:
+    """`value` with the sizes of `like` where its own depend on data."""
+    if not isinstance(value, Tensor) or not isinstance(like, Tensor):
+        return value
+    fixed = [
+        bool(free_unbacked_symbols(size)) and not free_unbacked_symbols(was)
+        for size, was in zip(value.shape, like.shape, strict=True)
+    ]
+    if not any(fixed):
+        return value
+    for size, was in zip(value.shape, like.shape, strict=True):
+        torch._check(size == was)
+    shape = [
+        was if f else size for f, size, was in zip(fixed, value.shape, like.shape, strict=True)
+    ]
+    if value.is_floating_point():
+        return value.reshape(shape)
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    return value.contiguous().as_strided(shape, strides)  # of whose size no trace asks again

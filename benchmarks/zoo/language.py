@@ -106,7 +106,7 @@ add("Falcon", "FalconConfig", "FalconForCausalLM",
 add("Llama", "LlamaConfig", "LlamaForCausalLM", DECODER, text)
 add("Mistral", "MistralConfig", "MistralForCausalLM", DECODER, text, sliding_window=3)
 add("Mixtral", "MixtralConfig", "MixtralForCausalLM", DECODER, text,
-    num_local_experts=3, num_experts_per_tok=2)  # fmt: skip
+    num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager")  # fmt: skip
 add("Qwen2", "Qwen2Config", "Qwen2ForCausalLM", DECODER, text)
 add("Qwen3", "Qwen3Config", "Qwen3ForCausalLM", DECODER, text)
 add("Gemma", "GemmaConfig", "GemmaForCausalLM", DECODER, text)
