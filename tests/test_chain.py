@@ -58,11 +58,10 @@ def positions(net, x):
 
 
 FUNCTIONS = [
-    post_norm,
     offset,
     *(
         pytest.param(function, marks=pytest.mark.slow)
-        for function in (mixed, row_of_statistics, positions)
+        for function in (post_norm, mixed, row_of_statistics, positions)
     ),
 ]
 

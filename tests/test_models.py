@@ -113,8 +113,12 @@ BROAD = {
 LONG = {
     "transformer-encoder-post", "transformer-encoder-post-dropout", "transformer-encoder-padding",
     "transformer-encoder-pre-dropout", "multihead-bias-kv", "multihead-causal-weights",
+    "transformer-decoder", "gpt-by-hand", "gpt-dropout", "gpt-untied", "bert-dropout",
+    "multihead-plain", "multihead-weights", "multihead-dropout", "multihead-sequence-first",
+    "recurrent-lstm-dropout", "recurrent-GRUCell", "recurrent-gru-2-bidirectional", "resnet-eval",
+    "dropout-eval",
 }  # fmt: skip
-# Of the families with many members every second runs by default.
+# Of the families with many members every third runs by default.
 LARGE = ("mlp-", "loss-", "pool-", "conv-")
 
 
@@ -125,7 +129,7 @@ def _parameters():
     for name, made in CASES.items():
         family = next((f for f in LARGE if name.startswith(f)), "")
         seen[family] = seen.get(family, 0) + 1
-        skipped = name in LONG or (family and seen[family] % 2 == 0)
+        skipped = name in LONG or (family and seen[family] % 3 != 1)
         for variant in ("float64", "float32", "bfloat16", "gauss-newton"):
             if variant != "gauss-newton" or made().loss is not None:
                 quick = name in BROAD or (variant == "float64" and not skipped)

@@ -83,4 +83,4 @@ def vanishes(node: fx.Node, region: Region, entries: int) -> bool:
     values: dict[fx.Node, Any] = {}
     at = RegionAt(small, lambda n: values.setdefault(n, draw(n)), lambda inputs: [])
     g = [torch.randn(shape(n), generator=generator, dtype=torch.float64) for n in small.outputs]
-    return at.cancels(node, g, TOLERANCE)
+    return at.cancels(node, g, TOLERANCE, moved=0.3)

@@ -309,8 +309,13 @@ class RegionAt:
         terms = [mul(self._first(f, node), weight) for f, weight in weights]
         return [t for t in terms if t is not None]
 
-    def cancels(self, node: fx.Node, g: Tensors, tolerance: float) -> bool:
-        """Whether dL/dr of a reduction is zero here, though terms of it are not."""
+    def cancels(self, node: fx.Node, g: Tensors, tolerance: float, moved: float = 0.0) -> bool:
+        """Whether dL/dr of a reduction is zero here, though terms of it are not.
+
+        `moved`: added to its value, so that what holds for its value alone does not count: of a row
+        of one entry x - max(x) is zero.
+        """
+        self._known[node] = self._value(node) + moved
         weights = self._weights(g)
         own = [i for i, (f, _) in enumerate(weights) if f.node is node and not f.is_output]
         terms = self._adjoint_terms(node, weights[: own[0]] if own else weights)
