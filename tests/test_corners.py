@@ -15,6 +15,7 @@ from helpers import some
 from torch import nn
 
 import hesscale_fx
+from hesscale_fx.errors import HesScaleError
 
 ROWS = torch.tensor([[0.6, -1.1, 0.3], [0, 0, 0], [0.2, 0.9, -0.7]], dtype=torch.float64)
 
@@ -286,3 +287,39 @@ def test_a_write_into_an_input_names_it_and_the_line():
 
     with pytest.raises(hesscale_fx.HesScaleError, match="'target' at .*# the line"):
         transform(Clamping())(X, torch.randn(7, 3).double())
+
+
+class Routed(nn.Module):
+    """Experts that see the samples routed to them, as transformers writes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 4, 4))
+        self.double()
+
+    def forward(self, x):
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x @ self.experts[0])
+        with torch.no_grad():
+            mask = F.one_hot(chosen, num_classes=3).permute(2, 1, 0)
+            hit = mask.sum((-1, -2)).greater(0).nonzero()
+        for expert in hit:
+            position, sample = torch.where(mask[expert[0]])
+            y = F.linear(x[sample], self.experts[expert[0]]).tanh()
+            out.index_add_(0, sample, y * weights[sample, position, None])
+        return out.pow(2).sum()
+
+
+def test_experts_in_a_loop_over_those_that_were_chosen():
+    torch.manual_seed(0)
+    net, x = Routed(), torch.randn(5, 4).double()
+    hs = hesscale_fx.transform(net, example_inputs=(x,))
+    out = hs(x)
+    want = torch.autograd.grad(net(x), list(net.parameters()))
+    for got, expected in zip(out.grads.values(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert all(h.isfinite().all() for h in out.hess_diag.values())
+    found = hs.verify(x)
+    assert all(found[n].error < 1e-10 for n, entry in hs.report().items() if entry.exact)
+    with pytest.raises(HesScaleError, match="capture fixed does not hold"):
+        hs(-x)
