@@ -323,3 +323,24 @@ def test_experts_in_a_loop_over_those_that_were_chosen():
     assert all(found[n].error < 1e-10 for n, entry in hs.report().items() if entry.exact)
     with pytest.raises(HesScaleError, match="capture fixed does not hold"):
         hs(-x)
+
+
+def test_a_spatial_transformer_leaves_the_batch_free():
+    torch.manual_seed(0)
+    locate, head = nn.Linear(9, 6).double(), nn.Linear(9, 2).double()
+
+    def loss(x):
+        shift = locate(x.flatten(1)).view(-1, 2, 3) + torch.eye(2, 3)
+        grid = F.affine_grid(shift, x.shape, align_corners=False)
+        return head(F.grid_sample(x, grid, align_corners=False).flatten(1)).pow(2).sum()
+
+    make = lambda n: torch.randn(n, 1, 3, 3).double()  # noqa: E731
+    hs = hesscale_fx.transform(loss, example_inputs=(make(3),))
+    for n in (1, 3, 8):
+        x = make(n)
+        params = [*head.parameters(), *locate.parameters()]
+        want = torch.autograd.grad(loss(x), params)
+        for got, expected in zip(hs(x).grads.values(), want, strict=True):
+            torch.testing.assert_close(got, expected)
+        found = hs.verify(x)
+        assert all(found[name].error < 1e-10 for name in found if name.startswith("head"))

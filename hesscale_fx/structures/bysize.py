@@ -1,7 +1,8 @@
 """Functions whose trace depends on the sizes of the example, by their like whose trace does not.
 
-The kernels of the first two ask for sizes as numbers. Distances are computed by differences up to
-25 rows and by products above, which have another curvature: here by differences at every size.
+The kernels of the first two and the checks of grid_sample ask for sizes as numbers. Distances are
+computed by differences up to 25 rows and by products above, which have another curvature: here by
+differences at every size.
 """
 
 from __future__ import annotations
@@ -55,3 +56,15 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = MODE) -> T
     """torch.cdist by differences, unless products are asked for."""
     mode = 1 if compute_mode == "use_mm_for_euclid_dist" else 2
     return torch.ops.aten.cdist(x1, x2, p, mode)
+
+
+@replaces(torch, "grid_sampler")
+def grid_sampler(input: Tensor, grid: Tensor, *options: Any) -> Tensor:
+    """torch.grid_sampler by the operator of as many dimensions, where the shapes fit."""
+    dims = input.dim() - 2
+    fits = dims in (2, 3) and grid.dim() == input.dim() and grid.shape[-1] == dims
+    if not (fits and is_free(input, grid)):
+        return torch.ops.aten.grid_sampler(input, grid, *options)
+    torch._check(input.shape[0] == grid.shape[0])
+    sample = torch.ops.aten.grid_sampler_2d if dims == 2 else torch.ops.aten.grid_sampler_3d
+    return sample(input, grid, *options)

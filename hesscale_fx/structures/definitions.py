@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.overrides import handle_torch_function, has_torch_function
 
 aten = torch.ops.aten
+BICUBIC = 2  # grid_sample's mode
 
 DEFINITIONS: dict[Any, Callable[..., Any]] = {}
 # Definitions that replace the operator at capture: they contain contractions or selections, which
@@ -520,6 +522,18 @@ for _name in (
     _view, _copy = getattr(aten, _name), getattr(aten, f"{_name}_copy")
     for _overload in set(_view.overloads()) & set(_copy.overloads()):
         defines(getattr(_copy, _overload), at_capture=True)(copied(getattr(_view, _overload)))
+
+
+@defines(aten.grid_sampler_2d.default, at_capture=True)
+def grid_sampler_2d(x: Tensor, grid: Tensor, mode: int, *options: Any) -> Any:
+    """Pixels by index times weights, each pixel once: PyTorch's own decomposition.
+
+    Bicubic weights of pixels beyond the border meet in one pixel; they stay a unit.
+    """
+    if mode == BICUBIC:
+        return NotImplemented
+    op = aten.grid_sampler_2d.default
+    return get_decompositions([op])[op](x, grid, mode, *options)
 
 
 @defines(aten.narrow_copy.default, at_capture=True)
