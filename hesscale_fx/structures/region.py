@@ -309,7 +309,7 @@ class RegionAt:
         terms = [mul(self._first(f, node), weight) for f, weight in weights]
         return [t for t in terms if t is not None]
 
-    def cancels(self, node: fx.Node, g: Tensors, tolerance: float, moved: float = 0.0) -> bool:
+    def cancels(self, node: fx.Node, g: Tensors, tolerance: float, moved: float) -> bool:
         """Whether dL/dr of a reduction is zero here, though terms of it are not.
 
         `moved`: added to its value, so that what holds for its value alone does not count: of a row
