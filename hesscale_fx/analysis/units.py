@@ -32,7 +32,6 @@ from hesscale_fx.analysis.cancel import find_cancelled
 from hesscale_fx.analysis.recognize import recognize
 from hesscale_fx.analysis.rowfunctions import recognize_row
 from hesscale_fx.structures import Structure, table
-from hesscale_fx.structures.chain import is_chain
 from hesscale_fx.structures.region import Region, reduction
 
 
@@ -110,7 +109,6 @@ class Partition:
         self._unit_at: dict[tuple[fx.Node, int], Unit] = {}
         self._alone: dict[fx.Node, Unit] = {}
         self._known: dict[tuple, Unit] = {}
-        self._apart: set[fx.Node] = set()
         self.units = self._build()
 
     # --- levels -------------------------------------------------------------------------------
@@ -194,14 +192,11 @@ class Partition:
             if self._in_region(node):
                 for level in self._levels[node]:
                     at[level].append(node)
-        split: dict[frozenset[fx.Node], list[list[list[fx.Node]]]] = {}
-        for level, nodes in at.items():
-            for component in self._components(nodes):
-                key = frozenset(component)
-                if key not in split:
-                    split[key] = self._split(component)
-                for stages in split[key]:
-                    self._add_region(stages, level)
+        components = [(c, level) for level, nodes in at.items() for c in self._components(nodes)]
+        split = self._split([component for component, _ in components])
+        for component, level in components:
+            for members in split[frozenset(component)]:
+                self._add_region(members, level)
         for node, unit in self._alone.items():
             if node is unit.call:
                 level = self._use_level(node)
@@ -237,9 +232,8 @@ class Partition:
                     groups.join([node, user])
         return groups.sets()
 
-    def _add_region(self, stages: list[list[fx.Node]], level: int) -> None:
-        members = {n for stage in stages for n in stage}
-        group = sorted(members, key=self._order.__getitem__)
+    def _add_region(self, group: list[fx.Node], level: int) -> None:
+        members = set(group)
         inputs = [
             (a, self._producer(a, level))
             for a in dict.fromkeys(a for n in group for a in operands_of(n))
@@ -251,7 +245,6 @@ class Partition:
             unit = self._known[key] = Unit(group, inputs, [], self._region(group))
             if unit.region is not None:
                 unit.region.outputs = unit.outputs  # one list: what other units use
-                unit.region.stages = stages
         unit.levels.append(level)
         for node in group:
             self._unit_at[node, level] = unit
@@ -279,8 +272,27 @@ class Partition:
 
     # --- splitting a region -------------------------------------------------------------------
 
-    def _split(self, component: list[fx.Node]) -> list[list[list[fx.Node]]]:
-        """The units of a component, each as its stages."""
+    def _split(self, components: list[list[fx.Node]]) -> dict[frozenset, list[list[fx.Node]]]:
+        """The units of each component; one may be there at several levels."""
+        finest: dict[frozenset, Groups] = {}
+        for component in components:
+            if frozenset(component) not in finest:
+                finest[frozenset(component)] = self._finest(component)
+        coupled: dict[frozenset, list[list[fx.Node]]] = {}
+        for key, groups in finest.items():
+            larger = groups.copy()
+            self._join_reconverging(larger, self._active)
+            self._join_coupled(larger)
+            coupled[key] = [s for s in larger.sets() if s != groups.set_of(s[0])]
+        apart = too_often([s for c in components for s in coupled[frozenset(c)]])
+        for key, groups in finest.items():
+            for members in coupled[key]:
+                if apart.isdisjoint(members):
+                    groups.join(members)
+        return {key: groups.sets(topological=True) for key, groups in finest.items()}
+
+    def _finest(self, component: list[fx.Node]) -> Groups:
+        """The smallest units that no two paths from one tensor, but for leaves, leave apart."""
         groups = Groups(component)
         by_source: dict[fx.Node, list[fx.Node]] = {}
         for node in component:
@@ -288,16 +300,14 @@ class Partition:
         for members in by_source.values():
             if len(members) > 1:
                 self._try(groups, members)
-        if len(component) > 1:
-            for members in Reconvergence(component, self._active).groups():
+        self._join_reconverging(groups, {n for n in self._active if n.op == "call_function"})
+        return groups
+
+    def _join_reconverging(self, groups: Groups, tensors: set[fx.Node]) -> None:
+        """Join units that hold two paths from one of `tensors` to one place."""
+        if len(groups.elements) > 1:
+            for members in Reconvergence(groups.elements, tensors).groups():
                 self._try(groups, members)
-        finest = groups.copy()
-        if len(component) > 1:
-            self._join_coupled(component, groups)
-        stages: dict[int, list[list[fx.Node]]] = {}
-        for stage in finest.sets(topological=True):
-            stages.setdefault(id(groups.set_of(stage[0])), []).append(stage)
-        return [stages[id(group)] for group in groups.sets(topological=True)]
 
     def _try(self, groups: Groups, members: Iterable[fx.Node]) -> bool:
         """Make one unit of the groups of `members` if there is a rule for it."""
@@ -326,35 +336,12 @@ class Partition:
                 return members
             members = grown
 
-    def _join_coupled(self, component: list[fx.Node], groups: Groups) -> None:
-        """Join units that spread elements along an axis to those that couple it later.
-
-        What has too many reductions (the norms of a deep post-norm transformer) is left apart, at
-        this level and at all others.
-        """
-        joined = groups.copy()
-        self._find_coupled(component, joined)
-        for members in joined.sets():
-            if members == groups.set_of(members[0]):
-                continue
-            stages = [s for s in groups.sets(topological=True) if s[0] in members]
-            if not self._affordable(members, stages):
-                self._apart.update(members)
-            elif not self._apart.intersection(members):
-                groups.join(members)
-
-    def _affordable(self, members: list[fx.Node], stages: list[list[fx.Node]]) -> bool:
-        region = self._region(members)
-        assert region is not None  # or they had not been joined
-        region.stages = stages
-        count = sum(n.target in table.REDUCTIONS for n in members)
-        return count <= (MAX_IN_CHAIN if is_chain(region) else MAX_REDUCTIONS)
-
-    def _find_coupled(self, component: list[fx.Node], groups: Groups) -> None:
-        if not any(n.target in table.REDUCTIONS for n in component):
+    def _join_coupled(self, groups: Groups) -> None:
+        """Join units that spread elements along an axis to those that couple it later."""
+        if not any(n.target in table.REDUCTIONS for n in groups.elements):
             return  # nothing couples along an axis
         axes = Axes()
-        for node in component:
+        for node in groups.elements:
             assign(node, axes, strict=False)
         failed: set[tuple[fx.Node, fx.Node]] = set()
         changed = True
@@ -488,10 +475,25 @@ def _assign(node: fx.Node, axes: Axes, operands: list[fx.Node]) -> None:
             axes.view(node, operands[0])
 
 
-# The cost of a region's rule grows with the square of its number of reductions; if it can be
-# evaluated stage by stage only that of single tensors does, not that of the graph.
-MAX_REDUCTIONS = 8
-MAX_IN_CHAIN = 16
+# A region may have any number of reductions. But along the residual stream of a deep post-norm
+# transformer each level has a region of its own with all norms from there on. This is how many
+# reductions there may be besides those of the largest of such regions.
+MAX_REPEATED = 64
+
+
+def too_often(regions: list[list[fx.Node]]) -> set[fx.Node]:
+    """The nodes of regions that would be computed at too many levels."""
+    shared: nx.Graph = nx.Graph((i, n) for i, members in enumerate(regions) for n in members)
+    found: set[fx.Node] = set()
+    for linked in nx.connected_components(shared):
+        counts = [
+            sum(n.target in table.REDUCTIONS for n in regions[i])
+            for i in linked
+            if isinstance(i, int)
+        ]
+        if sum(counts) - max(counts) > MAX_REPEATED:
+            found |= {n for n in linked if isinstance(n, fx.Node)}
+    return found
 
 
 class Groups:
