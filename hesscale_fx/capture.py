@@ -504,8 +504,7 @@ def export(
             quiet(),
             redirect_stderr(io.StringIO()),
             grad_modes(),
-            captured_whole(exporting=True),
-            Registered(module),
+            replacing_calls(module),
             seen_through(),
             replaying,
         ):
@@ -517,6 +516,26 @@ def export(
         raise CaptureError(explain(error, step or module)) from error
     check_asserted(program.graph, fixed)
     return program
+
+
+@contextmanager
+def replacing_calls(module: nn.Module) -> Iterator[None]:
+    """Have what `module` calls replaced while it runs, and nothing that torch.export does itself.
+
+    A mode is asked for every attribute of a tensor; of a model of many layers export reads as many.
+    """
+    forward, registered = module.forward, Registered(module)
+
+    @functools.wraps(forward)
+    def run(*tensors: torch.Tensor) -> Any:
+        with captured_whole(exporting=True), registered:
+            return forward(*tensors)
+
+    module.forward = run
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
