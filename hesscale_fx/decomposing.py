@@ -9,6 +9,7 @@ is left to `run_decompositions`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch import _functionalize_has_metadata_mutation as has_new_shape
 from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.export import exported_program
@@ -42,12 +44,19 @@ def decomposed(graph: fx.Graph, table: dict[Any, Callable], fake_mode: Any) -> D
     """The graph with the decompositions of `table`, or None where calls are not on their own."""
     if fake_mode is None or not all(map(is_plain, graph.nodes)):
         return None
-    composite, below = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
+    operators = len(torch._C._dispatch_get_all_op_names())
+    composite, below = split(frozenset(table.items()), operators)
     try:
         with exported_program._override_composite_implicit_decomp(composite):
             return _Decomposing(below, fake_mode).run(graph)
     except _Apart:
         return None
+
+
+@functools.lru_cache(maxsize=2)
+def split(table: frozenset, operators: int) -> tuple[dict, dict]:
+    """The decompositions of composite operators, and the others, as long as no operator is new."""
+    return exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
 
 
 def is_plain(node: fx.Node) -> bool:
@@ -71,12 +80,9 @@ def functionally(call: Callable[[list[Any]], Any], values: list[Any]) -> list[An
     with FunctionalTensorMode(export=True):
         wrapped = pytree.tree_map_only(Tensor, FunctionalTensor.to_functional, values)
         results = pytree.tree_map(from_fun, call(wrapped))
-        tensors = [v if isinstance(v, Tensor) else None for v in wrapped]
-        if any(
-            v is not None and torch._functionalize_has_metadata_mutation(v.elem) for v in tensors
-        ):
+        if any(isinstance(v, FunctionalTensor) and has_new_shape(v.elem) for v in wrapped):
             raise _Apart
-        written = [from_fun(v) if has_data_mutation(v) else None for v in tensors]
+        written = [from_fun(v) if has_data_mutation(v) else None for v in wrapped]
     return [*(results if isinstance(results, (tuple, list)) else [results]), *written]
 
 
