@@ -10,7 +10,8 @@ is left to `run_decompositions`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch import _functionalize_has_metadata_mutation as has_new_shape
 from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation
+from torch._subclasses import fake_impls
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.export import exported_program
 from torch.fx.experimental.proxy_tensor import decompose
@@ -45,18 +47,55 @@ def decomposed(graph: fx.Graph, table: dict[Any, Callable], fake_mode: Any) -> D
     if fake_mode is None or not all(map(is_plain, graph.nodes)):
         return None
     operators = len(torch._C._dispatch_get_all_op_names())
-    composite, below = split(frozenset(table.items()), operators)
+    rules = rules_of(frozenset(table.items()), operators)
     try:
-        with exported_program._override_composite_implicit_decomp(composite):
-            return _Decomposing(below, fake_mode).run(graph)
+        with rules.registered():
+            return _Decomposing(rules.below, fake_mode).run(graph)
     except _Apart:
         return None
 
 
+@dataclass
+class Rules:
+    """A table of decompositions, as the dispatcher takes it."""
+
+    below: dict[Any, Callable]  # of operators that are not composite
+    kernels: dict[Any, dict]  # of those that are: their kernels in Python
+    fakes: dict[Any, Callable]  # and what they do with fake tensors
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        """What torch.export registers while it decomposes, all at once."""
+        before = {op: dict(op.py_kernels) for op in self.kernels}
+        known = dict(fake_impls.op_implementations_dict)
+        fake_impls.op_implementations_dict.update(self.fakes)
+        replace(self.kernels)
+        try:
+            yield
+        finally:
+            replace(before)
+            fake_impls.op_implementations_dict.clear()
+            fake_impls.op_implementations_dict.update(known)
+
+
+def replace(kernels: dict[Any, dict]) -> None:
+    """Give operators these kernels in Python and no others."""
+    for op, own in kernels.items():
+        op.py_kernels.clear()
+        op.py_kernels.update(own)
+        op._dispatch_cache.clear()
+
+
 @functools.lru_cache(maxsize=2)
-def split(table: frozenset, operators: int) -> tuple[dict, dict]:
-    """The decompositions of composite operators, and the others, as long as no operator is new."""
-    return exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
+def rules_of(table: frozenset, operators: int) -> Rules:
+    """What torch.export makes of a table, as long as no operator is new."""
+    composite, below = exported_program._split_decomp_table_to_cia_and_python_decomp(dict(table))
+    known = set(fake_impls.op_implementations_dict)
+    with exported_program._override_composite_implicit_decomp(composite):
+        kernels = {op: dict(op.py_kernels) for op in composite}
+        registered = fake_impls.op_implementations_dict.items()
+        fakes = {op: rule for op, rule in registered if op not in known}
+    return Rules(below, kernels, fakes)
 
 
 def is_plain(node: fx.Node) -> bool:
