@@ -37,6 +37,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
+from hesscale_fx.garbage import collected_rarely
 from hesscale_fx.lossroot import LossRoot, loss_root_of
 from hesscale_fx.methods import Calibrated, HesScale, LossSplit, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
@@ -330,7 +331,8 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
-        with torch.inference_mode(False):  # under it autograd gives no formula
+        # Under inference mode autograd gives no formula.
+        with torch.inference_mode(False), collected_rarely():
             return self.build(*pytree.tree_map_only(torch.Tensor, differentiable, (args, kwargs)))
 
     def build(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
@@ -514,10 +516,14 @@ def report_of(
     entries = {}
     # Columns that are random, or whose sum is, serve even where the recursion is exact.
     noisy = loss_root is not None and loss_root.kind == "full" and "gauss" in method.roles
+    told: dict[fx.Node, Loss] = {}  # the first layers have lost what all later ones have
     for name, leaf in outputs.items():
         state = states.get(primitives.of[leaf.node], Exactness())
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
-        losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
+        for node in lost:
+            if node not in told:
+                told[node] = Loss(source_name(node), source_line(node))
+        losses = tuple(told[n] for n in lost)
         exact = method.exactness == "always" or (
             method.exactness == "recursion" and state.exact and not noisy
         )
