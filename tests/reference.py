@@ -512,6 +512,11 @@ def _op_name(node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def _is_part(node) -> bool:
+    """One of several results of an operator."""
+    return node.target is operator.getitem
+
+
 def _is_global_mean(graph, node) -> bool:
     """adaptive average pooling to size one: ``x.mean((-2, -1))`` under another name."""
     name = _op_name(node)
@@ -642,15 +647,18 @@ class _Axes:
             one, other = self.resolve(one[1:]), self.resolve(other[1:])
 
 
-def _row_keys(graph: _Graph, part) -> dict:
+def _row_keys(graph: _Graph, part) -> tuple[dict, set]:
     """For every node that reduces, the axes of the component along which it does.
 
     Axes are followed by dataflow, never by size or by position alone: pointwise
     operators align their operands by broadcasting, reshapes merge and split axes, the
     other views are followed by running them on the indices of their input, a reduction
-    removes what it sums over, and ``stack`` adds an axis.
+    removes what it sums over, and ``stack`` adds an axis. What would have one axis twice
+    (the next step of a Markov chain, the differences of all pairs) has no row here: these
+    nodes, and those behind them, come second.
     """
     known = _Axes()
+    beyond: set = set()
     axes: dict = {}  # node -> for every dimension its atoms
 
     def fresh(shape):
@@ -730,11 +738,22 @@ def _row_keys(graph: _Graph, part) -> dict:
                         known.identify(mine[-d], theirs)
         return [m if m is not None else f for m, f in zip(mine, fresh(out), strict=True)]
 
+    def is_twice(n):
+        atoms = [a for dim in axes[n] for a in known.resolve(dim) if known.size[a] > 1]
+        return len(set(atoms)) < len(atoms)
+
+    def are_twice(n, before):
+        return is_twice(n) or (known.means != before and any(map(is_twice, axes)))
+
     keys = {}
     for n in part:
+        if any(a in beyond for a in n.all_input_nodes):
+            beyond.add(n)
+            continue
         dims = _reduced_dims(graph, n)
         out = _shape(graph.env[n])
         name = _op_name(n)
+        before = dict(known.means)
         if dims:
             first = n.args[0]
             keys[n] = [a for d in dims for a in of(first)[d]]
@@ -754,10 +773,14 @@ def _row_keys(graph: _Graph, part) -> dict:
             axes[n] = [a for d, a in enumerate(of(n.args[0])) if d not in dims]
         else:
             axes[n] = aligned(n, out)
+        if are_twice(n, before):
+            known.means = before
+            beyond.add(n)
+            keys.pop(n, None)
     found = {
         n: frozenset(a for a in known.resolve(k) if known.size[a] > 1) for n, k in keys.items()
     }
-    return {n: key for n, key in found.items() if key}
+    return {n: key for n, key in found.items() if key}, beyond
 
 
 # --------------------------------------------------------------------------- one unit
@@ -899,7 +922,7 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
     for here in range(last + 1):
         inside = [n for n in nodes if n not in owner and here in belongs[n]]
         for part in _components(inside):
-            for unit in _stages(graph, part):
+            for unit in _stages(graph, part, active):
                 _run_unit(graph, unit, here, active, at, add, second)
         for c in [c for c in members if level.get(c) == here]:
             _run_unit(graph, members[c], here + 1, active, at, add, second)
@@ -939,22 +962,86 @@ def _components(nodes):
     return list(groups.values())
 
 
-def _stages(graph, part):
+def _stages(graph, part, active):
     """Split a component where it reduces along other dimensions; last stage first."""
-    state: dict = {}
-    row_keys = _row_keys(graph, part)
+    users = defaultdict(list)
     for n in part:
-        before = [state[a] for a in n.all_input_nodes if a in state]
-        stage = max((s for s, _ in before), default=0)
-        keys = {k for s, k in before if s == stage and k is not None}
-        own = row_keys.get(n)
-        if own is not None:
-            keys.add(own)
-        state[n] = (stage, next(iter(keys), None)) if len(keys) < 2 else (stage + 1, own)
+        for a in n.all_input_nodes:
+            users[a].append(n)
+    reducing = {n for n in part if _reduced_dims(graph, n)}
+    stages: list[list] = []
+    rest = list(part)
+    while rest:
+        now = _one_stage(graph, rest)
+        left = _left_to_later(now, users, reducing, active)
+        now = [n for n in now if n not in left] or now
+        stages.append(now)
+        rest = [n for n in rest if n not in set(now)]
+    at = {n: k for k, stage in enumerate(stages) for n in stage}
+    for stage in reversed(stages):
+        left = _left_to_later(stage, users, reducing, active)
+        at.update((n, min(at[u] for u in users[n])) for n in reversed(stage) if n in left)
     by_stage = defaultdict(list)
     for n in part:
-        by_stage[state[n][0]].append(n)
-    return [u for stage in sorted(by_stage, reverse=True) for u in _components(by_stage[stage])]
+        by_stage[at[n]].append(n)
+    units = [u for k in sorted(by_stage) for u in _components(by_stage[k])]
+    return _widest(graph, units, users)[::-1]
+
+
+def _widest(graph, units, users):
+    """Units whose results only one other takes are one with it, if both reduce along one row."""
+    unit_of = {n: unit for unit in units for n in unit}
+    for unit in list(units):
+        takers = {id(unit_of[u]): unit_of[u] for n in unit for u in users[n]}
+        takers.pop(id(unit), None)
+        if len(takers) == 1:
+            (other,) = takers.values()
+            if len(_one_stage(graph, unit + other)) == len(unit + other):
+                other[:0] = unit
+                unit_of.update(dict.fromkeys(unit, other))
+                units = [u for u in units if u is not unit]
+    return units
+
+
+def _one_stage(graph, rest):
+    """The nodes up to where another reduction, or an axis for the second time, follows."""
+    row_keys, beyond = _row_keys(graph, rest)
+    pending, key = set(rest), {}
+    for n in rest:
+        before = [a for a in n.all_input_nodes if a in pending]
+        keys = {row_keys.get(n), *(key.get(a) for a in before)} - {None}
+        if n is rest[0] or (
+            n not in beyond and all(a in key for a in before) and len(keys) < 2
+        ):
+            key[n] = next(iter(keys), None)
+    return list(key)
+
+
+def _left_to_later(nodes, users, reducing, active):
+    """What follows the reductions of a stage and only later ones use: they take it instead.
+
+    Not where that parts what meets again: of ``e / e.sum()`` both e and the sum would cross.
+    """
+    own, above = set(nodes), {}
+    for n in nodes:
+        above[n] = {n}.union(*(above.get(a, {a}) for a in n.all_input_nodes if a in active))
+    left = {n for n in nodes if n not in reducing and users[n] and not _is_part(n)}
+    left -= {a for n in nodes if _is_part(n) for a in n.all_input_nodes}
+    while True:
+        crossing: dict = {}  # the tensors of this stage that a node would take, if left
+        for n in nodes:
+            found = {
+                b for a in n.all_input_nodes if a in active for b in crossing.get(a, {a})
+            }
+            parted = any(
+                a is not b and above.get(a, {a}) & above.get(b, {b}) for a in found for b in found
+            )
+            if n in left and not parted:
+                crossing[n] = found
+        fewer = {n for n in crossing if all(u in crossing for u in users[n] if u in own)}
+        if fewer == left:
+            return left
+        left = fewer
 
 
 # --------------------------------------------------------------------------- public
