@@ -426,6 +426,12 @@ _CONTRACTIONS = {
     "embedding_bag",
     "conv_tbc",
 }
+# A unit of its own: what takes some entries and leaves others, or moves them along an axis.
+_SELECTING = {
+    "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "flip", "roll", "narrow",
+    "cat", "stack", "index", "gather", "index_select", "constant_pad_nd", "pad", "repeat",
+    "repeat_interleave", "diagonal",
+}  # fmt: skip
 # A unit of its own: linear, or linear between kinks, and mixing neighbours; CTC, and what has a
 # dense Jacobian of its own (linear algebra, products along an axis).
 _MIXING = {
@@ -810,6 +816,15 @@ def _batched_grad(y, x, cotangents):
     return torch.cat(chunks)
 
 
+def _as_real(x):
+    """A complex tensor as pairs of real numbers."""
+    return torch.view_as_real(x) if _is_complex(x) else x
+
+
+def _is_complex(x):
+    return isinstance(x, torch.Tensor) and x.is_complex()
+
+
 def _pull_back(graph: _Graph, nodes, inputs, outputs, second: bool):
     """Contributions of one unit to each of its inputs: {input: (g, s)}.
 
@@ -817,13 +832,13 @@ def _pull_back(graph: _Graph, nodes, inputs, outputs, second: bool):
     """
     result = {}
     for v in inputs:
-        leaf = graph.env[v].detach().clone().requires_grad_()
-        local: dict = {v: leaf}
+        leaf = _as_real(graph.env[v].detach()).clone().requires_grad_()
+        local: dict = {v: torch.view_as_complex(leaf) if graph.env[v].is_complex() else leaf}
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for n in nodes:
                 if any(a in local for a in n.all_input_nodes):
                     local[n] = graph.call(n, local)
-            ys = [(local[o], gs) for o, gs in outputs.items() if o in local]
+            ys = [(_as_real(local[o]), gs) for o, gs in outputs.items() if o in local]
             ys = [(y, gs) for y, gs in ys if y.requires_grad]
             if not ys:
                 continue
@@ -853,7 +868,7 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
     def differentiable(value):
         if isinstance(value, (tuple, list)):
             return any(differentiable(v) for v in value)
-        return isinstance(value, torch.Tensor) and value.is_floating_point()
+        return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
     active = set(leaves)
     for n in graph.nodes:
@@ -871,7 +886,9 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
             return n.target is not operator.getitem
         if _is_global_mean(graph, n):
             return False
-        return name in _CONTRACTIONS or name in _MIXING
+        if any(_is_complex(env[a]) for a in (n, *n.all_input_nodes)):
+            return True
+        return name in _CONTRACTIONS or name in _MIXING or name in _SELECTING
 
     owner = {}  # of every node that a cut unit covers: the cut and its getitems
     for n in nodes:
