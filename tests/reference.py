@@ -14,11 +14,17 @@ Units are regions (``units="region"``, the contract) or single operators
 (``units="op"``, which shows what a pass without regions would return).
 
 Regions. The graph is cut at contractions (products of two operands: matmul,
-linear, convolution) and at operators that gather or mix neighbours (pools,
-interpolation, embedding). A value's level is the largest number of cuts between it
-and the loss; a region is a connected component of equal level, and a value used at
-several levels belongs to each of them, as if recomputed there. Where a component
-reduces along two different sets of dimensions it is split between them.
+linear, convolution), at operators that choose, move or mix entries (slices, pools,
+interpolation, embedding), and at those of complex numbers, which are pairs of real ones.
+A value's level is the largest number of cuts between it and the loss; a region is a
+connected component of equal level, and a value used at several levels belongs to each of
+them, as if recomputed there.
+
+Where a component reduces along two different sets of dimensions it is split between
+them: by stages, each up to where another row begins, or where a tensor would have one
+axis twice. Pointwise functions between two stages belong to the later one, if a single
+tensor is cut above them; a stage that only one other takes, and that has its row, is one
+with that; and what regions of different rows read alike is as if recomputed in each.
 """
 
 from __future__ import annotations
@@ -1027,9 +1033,7 @@ def _one_stage(graph, rest):
     for n in rest:
         before = [a for a in n.all_input_nodes if a in pending]
         keys = {row_keys.get(n), *(key.get(a) for a in before)} - {None}
-        if n is rest[0] or (
-            n not in beyond and all(a in key for a in before) and len(keys) < 2
-        ):
+        if n is rest[0] or (n not in beyond and all(a in key for a in before) and len(keys) < 2):
             key[n] = next(iter(keys), None)
     return list(key)
 
@@ -1047,9 +1051,7 @@ def _left_to_later(nodes, users, reducing, active):
     while True:
         crossing: dict = {}  # the tensors of this stage that a node would take, if left
         for n in nodes:
-            found = {
-                b for a in n.all_input_nodes if a in active for b in crossing.get(a, {a})
-            }
+            found = {b for a in n.all_input_nodes if a in active for b in crossing.get(a, {a})}
             parted = any(
                 a is not b and above.get(a, {a}) & above.get(b, {b}) for a in found for b in found
             )

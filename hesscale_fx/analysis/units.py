@@ -4,8 +4,8 @@ Contractions, selections and other operators that mix axes are units by themselv
 lie regions (pointwise, reductions, views), inside which the recursion is exact. A region ends where
 a path leaves it through another unit; to make that canonical every node has levels, the numbers of
 such units on its longest way to the loss, and belongs to one region at each level, as if it were
-recomputed there. What regions of different rows read alike (a temperature, under one loss along rows
-and one along columns) belongs to each of them in the same way.
+recomputed there. What regions of different rows read alike (a temperature, under one loss along
+rows and one along columns) belongs to each of them in the same way.
 
 A region need not be one rule. Cutting it at a tensor u drops the off-diagonal part of the Hessian
 of u, which no one misses unless
