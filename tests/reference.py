@@ -14,11 +14,17 @@ Units are regions (``units="region"``, the contract) or single operators
 (``units="op"``, which shows what a pass without regions would return).
 
 Regions. The graph is cut at contractions (products of two operands: matmul,
-linear, convolution) and at operators that gather or mix neighbours (pools,
-interpolation, embedding). A value's level is the largest number of cuts between it
-and the loss; a region is a connected component of equal level, and a value used at
-several levels belongs to each of them, as if recomputed there. Where a component
-reduces along two different sets of dimensions it is split between them.
+linear, convolution), at operators that choose, move or mix entries (slices, pools,
+interpolation, embedding), and at those of complex numbers, which are pairs of real ones.
+A value's level is the largest number of cuts between it and the loss; a region is a
+connected component of equal level, and a value used at several levels belongs to each of
+them, as if recomputed there.
+
+Where a component reduces along two different sets of dimensions it is split between
+them: by stages, each up to where another row begins, or where a tensor would have one
+axis twice. Pointwise functions between two stages belong to the later one, if a single
+tensor is cut above them; a stage that only one other takes, and that has its row, is one
+with that; and what regions of different rows read alike is as if recomputed in each.
 """
 
 from __future__ import annotations
@@ -165,6 +171,8 @@ class _Flat(nn.Module):
 
 class _Graph:
     """An exported graph, and the value of every node from one eager run of it."""
+
+    pairs = True
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict):
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -426,6 +434,12 @@ _CONTRACTIONS = {
     "embedding_bag",
     "conv_tbc",
 }
+# A unit of its own: what takes some entries and leaves others, or moves them along an axis.
+_SELECTING = {
+    "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "flip", "roll", "narrow",
+    "cat", "stack", "index", "gather", "index_select", "constant_pad_nd", "pad", "repeat",
+    "repeat_interleave", "diagonal",
+}  # fmt: skip
 # A unit of its own: linear, or linear between kinks, and mixing neighbours; CTC, and what has a
 # dense Jacobian of its own (linear algebra, products along an axis).
 _MIXING = {
@@ -510,6 +524,11 @@ def _op_name(node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[1]
     return getattr(node.target, "__name__", str(node.target))
+
+
+def _is_part(node) -> bool:
+    """One of several results of an operator."""
+    return node.target is operator.getitem
 
 
 def _is_global_mean(graph, node) -> bool:
@@ -642,15 +661,18 @@ class _Axes:
             one, other = self.resolve(one[1:]), self.resolve(other[1:])
 
 
-def _row_keys(graph: _Graph, part) -> dict:
+def _row_keys(graph: _Graph, part) -> tuple[dict, set]:
     """For every node that reduces, the axes of the component along which it does.
 
     Axes are followed by dataflow, never by size or by position alone: pointwise
     operators align their operands by broadcasting, reshapes merge and split axes, the
     other views are followed by running them on the indices of their input, a reduction
-    removes what it sums over, and ``stack`` adds an axis.
+    removes what it sums over, and ``stack`` adds an axis. What would have one axis twice
+    (the next step of a Markov chain, the differences of all pairs) has no row here: these
+    nodes, and those behind them, come second.
     """
     known = _Axes()
+    beyond: set = set()
     axes: dict = {}  # node -> for every dimension its atoms
 
     def fresh(shape):
@@ -730,11 +752,22 @@ def _row_keys(graph: _Graph, part) -> dict:
                         known.identify(mine[-d], theirs)
         return [m if m is not None else f for m, f in zip(mine, fresh(out), strict=True)]
 
+    def is_twice(n):
+        atoms = [a for dim in axes[n] for a in known.resolve(dim) if known.size[a] > 1]
+        return len(set(atoms)) < len(atoms)
+
+    def are_twice(n, before):
+        return is_twice(n) or (known.means != before and any(map(is_twice, axes)))
+
     keys = {}
     for n in part:
+        if any(a in beyond for a in n.all_input_nodes):
+            beyond.add(n)
+            continue
         dims = _reduced_dims(graph, n)
         out = _shape(graph.env[n])
         name = _op_name(n)
+        before = dict(known.means)
         if dims:
             first = n.args[0]
             keys[n] = [a for d in dims for a in of(first)[d]]
@@ -754,10 +787,14 @@ def _row_keys(graph: _Graph, part) -> dict:
             axes[n] = [a for d, a in enumerate(of(n.args[0])) if d not in dims]
         else:
             axes[n] = aligned(n, out)
+        if are_twice(n, before):
+            known.means = before
+            beyond.add(n)
+            keys.pop(n, None)
     found = {
         n: frozenset(a for a in known.resolve(k) if known.size[a] > 1) for n, k in keys.items()
     }
-    return {n: key for n, key in found.items() if key}
+    return {n: key for n, key in found.items() if key}, beyond
 
 
 # --------------------------------------------------------------------------- one unit
@@ -787,6 +824,15 @@ def _batched_grad(y, x, cotangents):
     return torch.cat(chunks)
 
 
+def _as_real(x):
+    """A complex tensor as pairs of real numbers."""
+    return torch.view_as_real(x) if _is_complex(x) else x
+
+
+def _is_complex(x):
+    return isinstance(x, torch.Tensor) and x.is_complex()
+
+
 def _pull_back(graph: _Graph, nodes, inputs, outputs, second: bool):
     """Contributions of one unit to each of its inputs: {input: (g, s)}.
 
@@ -794,13 +840,13 @@ def _pull_back(graph: _Graph, nodes, inputs, outputs, second: bool):
     """
     result = {}
     for v in inputs:
-        leaf = graph.env[v].detach().clone().requires_grad_()
-        local: dict = {v: leaf}
+        leaf = _as_real(graph.env[v].detach()).clone().requires_grad_()
+        local: dict = {v: torch.view_as_complex(leaf) if graph.env[v].is_complex() else leaf}
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for n in nodes:
                 if any(a in local for a in n.all_input_nodes):
                     local[n] = graph.call(n, local)
-            ys = [(local[o], gs) for o, gs in outputs.items() if o in local]
+            ys = [(_as_real(local[o]), gs) for o, gs in outputs.items() if o in local]
             ys = [(y, gs) for y, gs in ys if y.requires_grad]
             if not ys:
                 continue
@@ -830,7 +876,7 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
     def differentiable(value):
         if isinstance(value, (tuple, list)):
             return any(differentiable(v) for v in value)
-        return isinstance(value, torch.Tensor) and value.is_floating_point()
+        return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
     active = set(leaves)
     for n in graph.nodes:
@@ -848,7 +894,9 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
             return n.target is not operator.getitem
         if _is_global_mean(graph, n):
             return False
-        return name in _CONTRACTIONS or name in _MIXING
+        if any(_is_complex(env[a]) for a in (n, *n.all_input_nodes)):
+            return True
+        return name in _CONTRACTIONS or name in _MIXING or name in _SELECTING
 
     owner = {}  # of every node that a cut unit covers: the cut and its getitems
     for n in nodes:
@@ -899,7 +947,7 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
     for here in range(last + 1):
         inside = [n for n in nodes if n not in owner and here in belongs[n]]
         for part in _components(inside):
-            for unit in _stages(graph, part):
+            for unit in _stages(graph, part, active):
                 _run_unit(graph, unit, here, active, at, add, second)
         for c in [c for c in members if level.get(c) == here]:
             _run_unit(graph, members[c], here + 1, active, at, add, second)
@@ -939,22 +987,82 @@ def _components(nodes):
     return list(groups.values())
 
 
-def _stages(graph, part):
+def _stages(graph, part, active):
     """Split a component where it reduces along other dimensions; last stage first."""
-    state: dict = {}
-    row_keys = _row_keys(graph, part)
+    users = defaultdict(list)
     for n in part:
-        before = [state[a] for a in n.all_input_nodes if a in state]
-        stage = max((s for s, _ in before), default=0)
-        keys = {k for s, k in before if s == stage and k is not None}
-        own = row_keys.get(n)
-        if own is not None:
-            keys.add(own)
-        state[n] = (stage, next(iter(keys), None)) if len(keys) < 2 else (stage + 1, own)
+        for a in n.all_input_nodes:
+            users[a].append(n)
+    reducing = {n for n in part if _reduced_dims(graph, n)}
+    stages: list[list] = []
+    rest = list(part)
+    while rest:
+        now = _one_stage(graph, rest)
+        left = _left_to_later(now, users, reducing, active)
+        now = [n for n in now if n not in left] or now
+        stages.append(now)
+        rest = [n for n in rest if n not in set(now)]
+    at = {n: k for k, stage in enumerate(stages) for n in stage}
+    for stage in reversed(stages) if graph.pairs else ():
+        left = _left_to_later(stage, users, reducing, active)
+        at.update((n, min(at[u] for u in users[n])) for n in reversed(stage) if n in left)
     by_stage = defaultdict(list)
     for n in part:
-        by_stage[state[n][0]].append(n)
-    return [u for stage in sorted(by_stage, reverse=True) for u in _components(by_stage[stage])]
+        by_stage[at[n]].append(n)
+    units = [u for k in sorted(by_stage) for u in _components(by_stage[k])]
+    return _widest(graph, units, users)[::-1]
+
+
+def _widest(graph, units, users):
+    """Units whose results only one other takes are one with it, if both reduce along one row."""
+    unit_of = {n: unit for unit in units for n in unit}
+    for unit in list(units):
+        takers = {id(unit_of[u]): unit_of[u] for n in unit for u in users[n]}
+        takers.pop(id(unit), None)
+        if len(takers) == 1:
+            (other,) = takers.values()
+            if len(_one_stage(graph, unit + other)) == len(unit + other):
+                other[:0] = unit
+                unit_of.update(dict.fromkeys(unit, other))
+                units = [u for u in units if u is not unit]
+    return units
+
+
+def _one_stage(graph, rest):
+    """The nodes up to where another reduction, or an axis for the second time, follows."""
+    row_keys, beyond = _row_keys(graph, rest)
+    pending, key = set(rest), {}
+    for n in rest:
+        before = [a for a in n.all_input_nodes if a in pending]
+        keys = {row_keys.get(n), *(key.get(a) for a in before)} - {None}
+        if n is rest[0] or (n not in beyond and all(a in key for a in before) and len(keys) < 2):
+            key[n] = next(iter(keys), None)
+    return list(key)
+
+
+def _left_to_later(nodes, users, reducing, active):
+    """What follows the reductions of a stage and only later ones use: they take it instead.
+
+    Not where that parts what meets again: of ``e / e.sum()`` both e and the sum would cross.
+    """
+    own, above = set(nodes), {}
+    for n in nodes:
+        above[n] = {n}.union(*(above.get(a, {a}) for a in n.all_input_nodes if a in active))
+    left = {n for n in nodes if n not in reducing and users[n] and not _is_part(n)}
+    left -= {a for n in nodes if _is_part(n) for a in n.all_input_nodes}
+    while True:
+        crossing: dict = {}  # the tensors of this stage that a node would take, if left
+        for n in nodes:
+            found = {b for a in n.all_input_nodes if a in active for b in crossing.get(a, {a})}
+            parted = any(
+                a is not b and above.get(a, {a}) & above.get(b, {b}) for a in found for b in found
+            )
+            if n in left and not parted:
+                crossing[n] = found
+        fewer = {n for n in crossing if all(u in crossing for u in users[n] if u in own)}
+        if fewer == left:
+            return left
+        left = fewer
 
 
 # --------------------------------------------------------------------------- public
@@ -969,9 +1077,14 @@ def reference(
     *,
     method: str = "hesscale",
     units: str = "region",
+    pairs: bool = True,
     seed: int | None = None,
 ) -> Reference:
     """Loss, gradients and curvature by brute force.
+
+    Of one tensor read along two axes, as in the differences of all pairs of rows, a region sees
+    that both are the same, and hence what they share where the indices are equal. Without
+    ``pairs`` it takes them for two tensors.
 
     Results are keyed by ``model.named_parameters()`` (those that require grad) and, for
     floating-point inputs, by their position among ``inputs``. ``seed`` seeds the default
@@ -987,7 +1100,9 @@ def reference(
         def build(module, args, kw):
             if seed is not None:
                 torch.manual_seed(seed)
-            return _Graph(module, args, kw)
+            graph = _Graph(module, args, kw)
+            graph.pairs = pairs
+            return graph
 
         if method == "hesscale":
             joint = _Joint(model, loss, len(targets))
@@ -1011,6 +1126,7 @@ def reference(
             if isinstance(loss, nn.Module):
                 holder.loss = loss
             head = _Graph(holder, (*values, *targets), {})
+            head.pairs = pairs
             (out,) = head.outputs
             value = head.env[out]
             one = torch.ones_like(value)

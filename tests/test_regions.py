@@ -1226,6 +1226,36 @@ def _shared_norm():
     return {"named": named, "by hand": by_hand, "repeated": repeated}
 
 
+@family("a temperature under losses along rows and along columns", shape=(3, 4), params={"t": ()})
+def _shared_temperature():
+    def both(rows, columns):
+        return (rows - rows.logsumexp(-1, True)).tanh().sum((-1, -2)), (
+            columns - columns.logsumexp(-2, True)
+        ).square().sum((-1, -2))
+
+    def shared(x, p):
+        z = x * p["t"].exp()
+        return torch.stack(both(z, z), -1)
+
+    def swapped(x, p):
+        z = x * p["t"].exp()
+        columns = (z - z.logsumexp(-2, True)).square().sum((-1, -2))
+        return torch.stack([(z - z.logsumexp(-1, True)).tanh().sum((-1, -2)), columns], -1)
+
+    def transposed(x, p):
+        z = x * p["t"].exp()
+        turned = z.mT - z.mT.logsumexp(-1, True)
+        rows = (z - z.logsumexp(-1, True)).tanh().sum((-1, -2))
+        return torch.stack([rows, turned.square().sum((-1, -2))], -1)
+
+    return {
+        "shared": shared,
+        "columns first": swapped,
+        "transposed": transposed,
+        "twice": lambda x, p: torch.stack(both(x * p["t"].exp(), p["t"].exp() * x), -1),
+    }
+
+
 @family("a squeeze and excitation gate", shape=(6, 4), params={"w": (6, 6)})
 def _squeeze_excite():
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import hesscale_fx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from real_models import measure
+from real_models import against_brute_force, measure
 
 from zoo import CASES, classics
 
@@ -47,6 +48,27 @@ def test_model(name):
     assert not row.failure
     assert row.right, row
     assert row.dynamic != "WRONG"
+
+
+# In which regions of different rows follow or read each other, and complex numbers lie between.
+BETWEEN_ROWS = [
+    "Linear-chain CRF", "Hidden Markov model", "Neural Turing machine", "Capsules", "Soft k-means",
+    "U-Net", "NeRF", "Graph convolution, scatter", "Contrastive", "FNet by hand",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n, marks=() if n in ("Hidden Markov model", "Contrastive") else pytest.mark.slow
+        )
+        for n in BETWEEN_ROWS
+    ],
+)
+def test_the_brute_force_agrees(name):
+    torch.manual_seed(0)
+    assert against_brute_force(CASES[name](), math.inf) < 1e-9
 
 
 def test_lengths_of_packed_sequences_are_fixed_but_not_their_order():

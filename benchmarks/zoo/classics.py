@@ -160,6 +160,75 @@ def _() -> Case:
     return made(net, nn.CrossEntropyLoss(), draw(2, 4, 3), torch.randint(3, (2,)))
 
 
+class RandomField(nn.Module):
+    """A linear-chain CRF: the forward algorithm against the score of the tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emit = mlp(4, 6, 3)
+        self.start, self.step = nn.Parameter(draw(3) / 2), nn.Parameter(draw(3, 3) / 2)
+
+    def forward(self, x: Tensor, tags: Tensor) -> Tensor:
+        emitted = self.emit(x)
+        score = emitted.gather(2, tags.unsqueeze(2)).squeeze(2).sum(1) + self.start[tags[:, 0]]
+        score = score + self.step[tags[:, :-1], tags[:, 1:]].sum(1)
+        alpha = self.start + emitted[:, 0]
+        for t in range(1, x.shape[1]):
+            alpha = (alpha.unsqueeze(2) + self.step).logsumexp(1) + emitted[:, t]
+        return (alpha.logsumexp(1) - score).mean()
+
+
+@case("Linear-chain CRF")
+def _() -> Case:
+    return made(RandomField(), None, draw(2, 4, 4), torch.randint(3, (2, 4)))
+
+
+class HiddenMarkov(nn.Module):
+    """The likelihood of a hidden Markov model, in logarithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.step = nn.Parameter(draw(3)), nn.Parameter(draw(3, 3))
+        self.emit = nn.Parameter(draw(3, 4))
+
+    def forward(self, seen: Tensor) -> Tensor:
+        step, emit = self.step.log_softmax(1), self.emit.log_softmax(1).T
+        alpha = self.start.log_softmax(0) + emit[seen[:, 0]]
+        for t in range(1, seen.shape[1]):
+            alpha = (alpha.unsqueeze(2) + step).logsumexp(1) + emit[seen[:, t]]
+        return -alpha.logsumexp(1).mean()
+
+
+@case("Hidden Markov model")
+def _() -> Case:
+    return made(HiddenMarkov(), None, torch.randint(4, (2, 4)))
+
+
+class TuringHead(nn.Module):
+    """Addressing by content and by place, as in a neural Turing machine, and a read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.control, self.out = mlp(4, 6, 9), nn.Linear(3, 2)
+        self.memory = nn.Parameter(draw(4, 3))
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        key, heat, gate, shift, sharp = self.control(x).split([3, 1, 1, 3, 1], 1)
+        near = F.cosine_similarity(key.unsqueeze(1), self.memory.unsqueeze(0), dim=2)
+        weight = (F.softplus(heat) * near).softmax(1)
+        weight = gate.sigmoid() * weight + (1 - gate.sigmoid()) * last
+        shift = shift.softmax(1)
+        weight = sum(shift[:, i : i + 1] * weight.roll(i - 1, 1) for i in range(3))
+        weight = weight.pow(1 + F.softplus(sharp))
+        return self.out((weight / weight.sum(1, keepdim=True)) @ self.memory)
+
+
+@case("Neural Turing machine")
+def _() -> Case:
+    last = draw(3, 4).softmax(1)
+    return made(TuringHead(), nn.CrossEntropyLoss(), draw(3, 4), last, torch.randint(2, (3,)))
+
+
 # ------------------------------------------------------------------ generative
 
 
@@ -376,6 +445,39 @@ def _() -> Case:
     return made(Radiance(), nn.MSELoss(), draw(3, 4, 3), colours)
 
 
+def squash(x: Tensor) -> Tensor:
+    """Of a capsule: its direction, and its length between 0 and 1."""
+    square = x.square().sum(-1, keepdim=True)
+    return x * square / (1 + square) / (square + 1e-9).sqrt()
+
+
+class Capsules(nn.Module):
+    """Routing by agreement: softmax over the capsules above, sums over those below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.turn = nn.Linear(5, 6), nn.Parameter(draw(3, 2, 2, 3) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        below = squash(self.first(x).view(-1, 3, 2))
+        votes = torch.einsum("bid,iode->bioe", below, self.turn)
+        logits = torch.zeros_like(votes[..., 0])
+        for _ in range(2):
+            above = squash((logits.softmax(2).unsqueeze(3) * votes).sum(1))
+            logits = logits + (votes * above.unsqueeze(1)).sum(3)
+        return above.square().sum(2).add(1e-9).sqrt()
+
+
+@case("Capsules")
+def _() -> Case:
+    def loss(length: Tensor, y: Tensor) -> Tensor:
+        hot = F.one_hot(y, 2)
+        missed, wrong = F.relu(0.9 - length).square(), F.relu(length - 0.1).square()
+        return (hot * missed + (1 - hot) * wrong / 2).sum(1).mean()
+
+    return made(Capsules(), loss, draw(3, 5), torch.randint(2, (3,)))
+
+
 # ------------------------------------------------------------------ sets, graphs, tables
 
 
@@ -497,6 +599,26 @@ def _() -> Case:
             return (F.cross_entropy(scores, y) + F.cross_entropy(scores.T, y)) / 2
 
     return made(Net(), None, draw(4, 4), draw(4, 5))
+
+
+class SoftKMeans(nn.Module):
+    """One step of k-means with soft assignments, and what is left of the distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.centres = mlp(4, 6, 2), nn.Parameter(draw(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, centres = self.encoder(x), self.centres
+        share = (-(z.unsqueeze(1) - centres).square().sum(2)).softmax(1)
+        centres = (share.unsqueeze(2) * z.unsqueeze(1)).sum(0) / share.sum(0).unsqueeze(1)
+        distance = (z.unsqueeze(1) - centres).square().sum(2)
+        return ((-2 * distance).softmax(1) * distance).sum(1).mean()
+
+
+@case("Soft k-means")
+def _() -> Case:
+    return made(SoftKMeans(), None, draw(5, 4))
 
 
 # ------------------------------------------------------------------ decisions

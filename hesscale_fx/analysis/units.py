@@ -4,7 +4,8 @@ Contractions, selections and other operators that mix axes are units by themselv
 lie regions (pointwise, reductions, views), inside which the recursion is exact. A region ends where
 a path leaves it through another unit; to make that canonical every node has levels, the numbers of
 such units on its longest way to the loss, and belongs to one region at each level, as if it were
-recomputed there.
+recomputed there. What regions of different rows read alike (a temperature, under one loss along
+rows and one along columns) belongs to each of them in the same way.
 
 A region need not be one rule. Cutting it at a tensor u drops the off-diagonal part of the Hessian
 of u, which no one misses unless
@@ -192,11 +193,16 @@ class Partition:
             if self._in_region(node):
                 for level in self._levels[node]:
                     at[level].append(node)
-        components = [(c, level) for level, nodes in at.items() for c in self._components(nodes)]
-        split = self._split([component for component, _ in components])
-        for component, level in components:
-            for members in split[frozenset(component)]:
-                self._add_region(members, level)
+        branches = [
+            (branch, level)
+            for level, nodes in at.items()
+            for component in self._components(nodes)
+            for branch in self._branches(component, level)
+        ]
+        split = self._split([branch.nodes for branch, _ in branches])
+        for branch, level in branches:
+            for members in split[frozenset(branch.nodes)]:
+                self._add_region(members, level, branch)
         for node, unit in self._alone.items():
             if node is unit.call:
                 level = self._use_level(node)
@@ -232,7 +238,49 @@ class Partition:
                     groups.join([node, user])
         return groups.sets()
 
-    def _add_region(self, group: list[fx.Node], level: int) -> None:
+    def _branches(self, component: list[fx.Node], level: int) -> list[Branch]:
+        """A component once for each region that reads what others, along other rows, read too.
+
+        What units outside of it read of that comes last, by itself.
+        """
+        shared = self._shared(component)
+        own = [n for n in component if n not in shared]
+        groups = self._components(own)
+        if not shared or len(groups) < 2:
+            return [Branch(component)]
+        read = {n for n in shared for u in self._users[n] if self._uses(u, level)}
+        read = {n for n in read if not set(self._users[n]) <= set(component)}
+        branches = []
+        for group in [*groups, sorted(read, key=self._order.__getitem__)]:
+            nodes = set(group)
+            for node in reversed(component):
+                if node in shared and any(u in nodes for u in self._users[node]):
+                    nodes.add(node)
+            if nodes:
+                inside = [n for n in component if n in nodes]
+                branches.append(Branch(inside, set(component) - nodes, shared, last=False))
+        branches[-1].last = True
+        return branches
+
+    def _shared(self, component: list[fx.Node]) -> set[fx.Node]:
+        """Nodes before any reduction from which different rows are reduced first."""
+        if sum(n.target in table.REDUCTIONS for n in component) < 2:
+            return set()
+        axes = Axes()
+        for node in component:
+            assign(node, axes, strict=False)
+        first: dict[fx.Node, set[frozenset[int]]] = {}
+        for node in reversed(component):
+            row = frozenset(reduced_axes(node, axes))
+            below = [first[u] for u in self._users[node] if u in first]
+            first[node] = {row} if row else set().union(*below)
+        reduced: set[fx.Node] = set()
+        for node in component:
+            if reduced_axes(node, axes) or any(a in reduced for a in operands_of(node)):
+                reduced.add(node)
+        return {n for n in component if n not in reduced and len(first[n]) > 1}
+
+    def _add_region(self, group: list[fx.Node], level: int, branch: Branch) -> None:
         members = set(group)
         inputs = [
             (a, self._producer(a, level))
@@ -245,11 +293,13 @@ class Partition:
             unit = self._known[key] = Unit(group, inputs, [], self._region(group))
             if unit.region is not None:
                 unit.region.outputs = unit.outputs  # one list: what other units use
-        unit.levels.append(level)
+        if level not in unit.levels:
+            unit.levels.append(level)
         for node in group:
             self._unit_at[node, level] = unit
             used = node is self._loss or any(
-                self._uses(u, level) and u not in members for u in self._users[node]
+                self._uses(u, level) and u not in members and branch.serves(node, u)
+                for u in self._users[node]
             )
             if used and node not in unit.outputs:
                 unit.outputs.append(node)
@@ -473,6 +523,22 @@ def _assign(node: fx.Node, axes: Axes, operands: list[fx.Node]) -> None:
             raise AxesError("movedim")
         else:
             axes.view(node, operands[0])
+
+
+@dataclass
+class Branch:
+    """Nodes of a component that are split into units together."""
+
+    nodes: list[fx.Node]
+    hidden: set[fx.Node] = field(default_factory=set)  # the rest of the component
+    shared: set[fx.Node] = field(default_factory=set)  # nodes that are in several branches
+    last: bool = True  # whether units outside of the component read what is shared from this one
+
+    def serves(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a user that is not in the node's unit reads it from this branch."""
+        if user in self.hidden:
+            return False
+        return self.last or node not in self.shared or user in self.nodes
 
 
 # A region may have any number of reductions. But along the residual stream of a deep post-norm
