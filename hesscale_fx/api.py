@@ -21,12 +21,14 @@ from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.depth import beyond
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
+from hesscale_fx.analysis.join import Joiner
+from hesscale_fx.analysis.joined import join_calls, join_complex
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.shifts import find_shifts
 from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
-from hesscale_fx.emit import Emission
+from hesscale_fx.emit import Emission, Inseparable
 from hesscale_fx.errors import (
     CaptureError,
     InvalidArgumentError,
@@ -53,7 +55,8 @@ from hesscale_fx.structures.contraction import contracting_in
 # What serves a call whose operator has no structure.
 FALLBACKS: dict[str, Structure] = {"exact": Columns(limit=LARGE), "estimate": Estimate()}
 
-SYMBOLIC = "symbolic sizes/strides"  # in torch's words for what a formula of its own cannot do
+# In torch's words for what a formula of its own cannot do.
+SYMBOLIC = ("symbolic sizes/strides", "expected to contain only concrete integers")
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -350,7 +353,9 @@ class Builder:
                 stages.total()
                 return program
             except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
-                if not isinstance(error, DATA_DEPENDENT) and SYMBOLIC not in str(error):
+                if not isinstance(error, DATA_DEPENDENT) and not any(
+                    t in str(error) for t in SYMBOLIC
+                ):
                     raise
                 log.info("not compiled: %s", str(error).splitlines()[0])
                 reason = error
@@ -381,8 +386,38 @@ class Builder:
         return torch.ones(len(self.selected), dtype=wide(first.dtype), device=first.device)
 
     def compile(self, captured: Captured, stages: Stages, method: Method | None = None) -> Program:
-        """Analyse and emit."""
-        method = method or self.method
+        """Analyse and emit; what autograd cannot differentiate as one operator is left apart."""
+        apart: set[frozenset[fx.Node]] = set()
+        while True:
+            try:
+                return self._compile(captured, stages, method or self.method, apart)
+            except Inseparable as error:
+                log.info("not one operator: %s", error)
+                apart.add(error.sources)
+
+    def _join(
+        self,
+        captured: Captured,
+        primitives: Primitives,
+        active: set[fx.Node],
+        method: Method,
+        apart: set[frozenset[fx.Node]],
+    ) -> None:
+        """Put together in the primitive graph what is exact as one operator only."""
+        ends = [primitives.of[n] for n in (captured.loss, *captured.boundary)]
+        joiner = Joiner(primitives, active, ends, apart)
+        inside = ancestors(ends[1:]) if method.needs_boundary else set()
+        if self.fallback == "exact":
+            join_calls(joiner, inside)
+        join_complex(joiner, inside)
+
+    def _compile(
+        self,
+        captured: Captured,
+        stages: Stages,
+        method: Method,
+        apart: set[frozenset[fx.Node]],
+    ) -> Program:
         is_split = isinstance(method, LossSplit)
         outputs = self._outputs(captured)
         if method.needs_boundary and not captured.boundary:
@@ -402,6 +437,8 @@ class Builder:
         shifts = find_shifts(primitives.graph, active, loss)
         if shifts:
             active = active_nodes(primitives.graph, loss, leaves, shifts)
+        self._join(captured, primitives, active, method, apart)
+        loss = primitives.of[captured.loss]
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(
             primitives.graph,

@@ -35,6 +35,7 @@ from hesscale_fx.names import CALIBRATION, Origin, annotate, rename
 from hesscale_fx.recompute import Recomputed
 from hesscale_fx.simplify import Constants, simplify
 from hesscale_fx.structures.base import wide, zero_test
+from hesscale_fx.structures.composite import Composite
 from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
 
 aten = torch.ops.aten
@@ -52,6 +53,14 @@ SPLIT: dict[str, Callable[[list[Any], Tracer], list[Any]]] = {
     "sum": lambda given, tracer: [given[0].sum()],
     "nothing": lambda given, tracer: [torch.zeros_like(given[0])],
 }
+
+
+class Inseparable(Exception):
+    """Autograd cannot differentiate a composite; `sources` are the captured nodes behind it."""
+
+    def __init__(self, name: str, sources: frozenset[fx.Node]) -> None:
+        super().__init__(name)
+        self.sources = sources
 
 
 class Emission:
@@ -224,6 +233,8 @@ class Emission:
         source = self._captured_of.get(node)
         if source is not None:
             return self._values[source]
+        if node in self._primitives.stands_for:
+            return self._value(self._primitives.stands_for[node])
         if node not in self._inner:
             origin = Origin(self._primitives.source[node], "forward")
             if node.target is operator.getitem and node.args[0] in self._primitives.whole:
@@ -284,6 +295,10 @@ class Emission:
                     results += found
                 return results
             except (RuntimeError, NotImplementedError) as error:
+                if isinstance(unit.call.target, Composite):
+                    nodes = unit.call.target.nodes
+                    sources = frozenset(self._primitives.source[n] for n in nodes)
+                    raise Inseparable(unit.call.target.name, sources) from error
                 told = ("derivative", "not implemented", "ata-dependent")
                 reads_data = isinstance(error, DATA_DEPENDENT)
                 if not reads_data and not any(word in str(error) for word in told):
