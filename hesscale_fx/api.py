@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from hesscale_fx.analysis.depth import beyond
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.join import Joiner
-from hesscale_fx.analysis.joined import join_calls, join_complex
+from hesscale_fx.analysis.joined import join_calls, join_complex, join_products
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.shifts import find_shifts
@@ -387,13 +388,13 @@ class Builder:
 
     def compile(self, captured: Captured, stages: Stages, method: Method | None = None) -> Program:
         """Analyse and emit; what autograd cannot differentiate as one operator is left apart."""
-        apart: set[frozenset[fx.Node]] = set()
+        failed: Counter[frozenset[fx.Node]] = Counter()
         while True:
             try:
-                return self._compile(captured, stages, method or self.method, apart)
+                return self._compile(captured, stages, method or self.method, failed)
             except Inseparable as error:
                 log.info("not one operator: %s", error)
-                apart.add(error.sources)
+                failed[error.sources] += 1
 
     def _join(
         self,
@@ -401,14 +402,15 @@ class Builder:
         primitives: Primitives,
         active: set[fx.Node],
         method: Method,
-        apart: set[frozenset[fx.Node]],
+        failed: Counter[frozenset[fx.Node]],
     ) -> None:
         """Put together in the primitive graph what is exact as one operator only."""
         ends = [primitives.of[n] for n in (captured.loss, *captured.boundary)]
-        joiner = Joiner(primitives, active, ends, apart)
+        joiner = Joiner(primitives, active, ends, failed)
         inside = ancestors(ends[1:]) if method.needs_boundary else set()
         if self.fallback == "exact":
             join_calls(joiner, inside)
+            join_products(joiner, inside)
         join_complex(joiner, inside)
 
     def _compile(
@@ -416,7 +418,7 @@ class Builder:
         captured: Captured,
         stages: Stages,
         method: Method,
-        apart: set[frozenset[fx.Node]],
+        failed: Counter[frozenset[fx.Node]],
     ) -> Program:
         is_split = isinstance(method, LossSplit)
         outputs = self._outputs(captured)
@@ -437,7 +439,7 @@ class Builder:
         shifts = find_shifts(primitives.graph, active, loss)
         if shifts:
             active = active_nodes(primitives.graph, loss, leaves, shifts)
-        self._join(captured, primitives, active, method, apart)
+        self._join(captured, primitives, active, method, failed)
         loss = primitives.of[captured.loss]
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(

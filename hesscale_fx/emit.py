@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.analysis.exactness import State
+from hesscale_fx.analysis.join import sources_of
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.samples import Rows, Samples
 from hesscale_fx.analysis.units import Unit
@@ -296,8 +297,7 @@ class Emission:
                 return results
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(unit.call.target, Composite):
-                    nodes = unit.call.target.nodes
-                    sources = frozenset(self._primitives.source[n] for n in nodes)
+                    sources = sources_of(unit.call.target.nodes, self._primitives)
                     raise Inseparable(unit.call.target.name, sources) from error
                 told = ("derivative", "not implemented", "ata-dependent")
                 reads_data = isinstance(error, DATA_DEPENDENT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from hesscale_fx.analysis.carried import carried
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Partition, is_part, operands_of
+from hesscale_fx.structures import definitions
 from hesscale_fx.structures.columns import CHUNK, SMALL, Columns
-from hesscale_fx.structures.composite import Composite, describe
+from hesscale_fx.structures.composite import Composite, Step
 from hesscale_fx.trace import kind_of
 
 aten = torch.ops.aten
@@ -35,7 +36,8 @@ class Joiner:
         primitives: the graph.
         active: nodes that a derivative passes.
         ends: nodes whose values are asked for besides, such as the loss.
-        apart: sets of captured nodes that must not be one operator.
+        failed: sets of captured nodes and how often autograd could not differentiate them as one:
+            once by the captured operators, and then written out.
     """
 
     def __init__(
@@ -43,12 +45,12 @@ class Joiner:
         primitives: Primitives,
         active: set[fx.Node],
         ends: Iterable[fx.Node],
-        apart: set[frozenset[fx.Node]],
+        failed: Mapping[frozenset[fx.Node], int],
     ) -> None:
         self.primitives = primitives
         self.active = active
         self._ends = set(ends)
-        self._apart = apart
+        self._failed = failed
         self._captured = {p: c for c, p in primitives.of.items()}
         self._loses: dict[Any, bool] = {}
 
@@ -56,7 +58,7 @@ class Joiner:
         """Make one operator of active nodes if it is worth it and may be."""
         chosen = self._with_parts(members)
         nodes = [n for n in self.primitives.graph.nodes if n in chosen]
-        if len(nodes) < 2 or self.sources(nodes) in self._apart or not self._is_convex(nodes):
+        if len(nodes) < 2 or self._failures(nodes) > 1 or not self._is_convex(nodes):
             return False
         found = self._composite(name, nodes)
         if found is None or not self._would_lose(found):
@@ -64,9 +66,8 @@ class Joiner:
         self._replace(found)
         return True
 
-    def sources(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
-        """The captured nodes behind primitive ones."""
-        return frozenset(self.primitives.source[n] for n in nodes)
+    def _failures(self, nodes: list[fx.Node]) -> int:
+        return self._failed.get(sources_of(nodes, self.primitives), 0)
 
     def _with_parts(self, members: Iterable[fx.Node]) -> set[fx.Node]:
         """No call of several outputs is apart from them."""
@@ -88,8 +89,8 @@ class Joiner:
     def _composite(self, name: str, nodes: list[fx.Node]) -> Composite | None:
         """The nodes as one operator; None if that is too large."""
         members = set(nodes)
-        entering = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes))
-        entering = [a for a in entering if a not in members]
+        steps = steps_of(nodes, self.primitives, self.active, whole=not self._failures(nodes))
+        entering = entering_of(steps)
         outputs = [
             n
             for n in nodes
@@ -97,8 +98,10 @@ class Joiner:
         ]
         inputs = [a for a in entering if a in self.active]
         values = [n.meta["val"] for n in (*inputs, *nodes)]
-        whole = not any(isinstance(n.meta.get("val"), (tuple, list)) for n in (*entering, *outputs))
-        if not whole or any(isinstance(v, Tensor) and v.dtype in HALF for v in values):
+        single = not any(
+            isinstance(n.meta.get("val"), (tuple, list)) for n in (*entering, *outputs)
+        )
+        if not single or any(isinstance(v, Tensor) and v.dtype in HALF for v in values):
             return None  # casts in between would round what is computed in float32
         through = carried(nodes, self.active, inputs, outputs)
         ranks = [
@@ -110,7 +113,7 @@ class Joiner:
             return None
         place = {x: entering.index(x) for x in inputs}
         at = {(place[inputs[i]], k): dims for (i, k), dims in through.items()}
-        return Composite(name, nodes, entering, outputs, rule, at)
+        return Composite(name, nodes, steps, entering, outputs, rule, at)
 
     def _would_lose(self, found: Composite) -> bool:
         """Whether the recursion through the nodes is not exact where what they give is diagonal."""
@@ -118,7 +121,7 @@ class Joiner:
             (n in self.active, kind_of(n) if isinstance(n.meta.get("val"), Tensor) else None)
             for n in found.entering
         )
-        key = (describe(found.nodes, found.entering, found.outputs), kinds)
+        key = (found.calls, kinds)
         if key not in self._loses:
             self._loses[key] = loses(found, self.active, self.primitives.source)
         return self._loses[key]
@@ -154,6 +157,56 @@ class Joiner:
         sort(graph)
 
 
+def sources_of(nodes: Iterable[fx.Node], primitives: Primitives) -> frozenset[fx.Node]:
+    """The captured nodes behind primitive ones."""
+    return frozenset(primitives.source[n] for n in nodes)
+
+
+def steps_of(
+    nodes: list[fx.Node], primitives: Primitives, active: set[fx.Node], *, whole: bool
+) -> list[Step]:
+    """The calls that compute some nodes.
+
+    `whole`: by the captured operators where all that is active of their definition is there.
+    """
+    members, of = set(nodes), primitives.of
+    written: dict[fx.Node, set[fx.Node]] = {}
+    for node in active:
+        written.setdefault(primitives.source[node], set()).add(node)
+    steps: dict[fx.Node, Step] = {}
+    for node in nodes:
+        source = primitives.source[node]
+        native = source in primitives.defined and source.target not in definitions.READS_OUTPUTS
+        if not (whole and native and written[source] <= members):
+            steps[node] = Step(node.target, node.args, node.kwargs, {node: None})
+        elif source not in steps:
+            args, kwargs = fx.node.map_arg((source.args, source.kwargs), of.__getitem__)
+            results: dict[fx.Node, int | None] = {of[source]: None}
+            if not isinstance(source.meta["val"], Tensor):
+                parts = [u for u in source.users if u.target is operator.getitem and u in of]
+                results = {of[u]: u.args[1] for u in parts}  # type: ignore[misc]
+            steps[source] = Step(source.target, args, kwargs, results)
+    return in_turn(list(steps.values()))
+
+
+def in_turn(steps: list[Step]) -> list[Step]:
+    """The steps such that each comes after those whose results it takes."""
+    waiting = {n for step in steps for n in step.results}
+    found: list[Step] = []
+    while steps:
+        ready = next(s for s in steps if not waiting.intersection(s.operands()))
+        waiting.difference_update(ready.results)
+        found.append(ready)
+        steps = [s for s in steps if s is not ready]
+    return found
+
+
+def entering_of(steps: list[Step]) -> list[fx.Node]:
+    """What the steps take that none of them gives."""
+    given = {n for step in steps for n in step.results}
+    return list(dict.fromkeys(n for step in steps for n in step.operands() if n not in given))
+
+
 def leading(through: dict[int, int]) -> int:
     """How many leading dimensions stay the leading ones."""
     rank = 0
@@ -166,7 +219,8 @@ def loses(found: Composite, active: set[fx.Node], source: dict[fx.Node, fx.Node]
     """Whether the recursion through the nodes drops something under a diagonal quadratic."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in found.entering:
+    entering = dict.fromkeys(a for n in found.nodes for a in n.all_input_nodes)
+    for node in (a for a in entering if a not in set(found.nodes)):
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
     for node in found.nodes:
@@ -184,8 +238,8 @@ def loses(found: Composite, active: set[fx.Node], source: dict[fx.Node, fx.Node]
         term = call(aten.sum.default, call(aten.mul.Tensor, y, y))
         loss = term if loss is None else call(aten.add.Tensor, loss, term)
     assert loss is not None
-    leaves = [copies[n] for n in found.entering if n in active]
-    of = {copies[n]: source[n] for n in (*found.entering, *found.nodes)}
+    leaves = [copies[n] for n in copies if n in active and n not in set(found.nodes)]
+    of = {copy: source[n] for n, copy in copies.items()}
     sources = {n: of.get(n, n) for n in graph.nodes}
     partition = Partition(graph, loss, active_nodes(graph, loss, leaves), sources)
     return not all(state.exact for state in exactness(partition)[1].values())

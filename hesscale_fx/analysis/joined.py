@@ -1,4 +1,7 @@
-"""Which nodes are one operator: calls of the user that are several units, and complex numbers.
+"""Which nodes are one operator.
+
+Calls of the user that are several units, functions of matrices that are products, and what complex
+numbers flow through.
 
 A complex value between two units has its real and its imaginary part, whose common second
 derivative would be dropped; so what gives a complex value is put together with what uses it, up to
@@ -12,9 +15,11 @@ from torch import fx
 
 from hesscale_fx.analysis.exactness import rank
 from hesscale_fx.analysis.join import Joiner
-from hesscale_fx.analysis.units import Groups, is_region_node, operands_of
+from hesscale_fx.analysis.units import Groups, is_part, is_region_node, operands_of
 from hesscale_fx.calls import call_of
-from hesscale_fx.structures import table
+from hesscale_fx.structures import Structure, table
+from hesscale_fx.structures.composite import Composite
+from hesscale_fx.structures.contraction import Contraction
 from hesscale_fx.structures.region import reduction
 
 aten = torch.ops.aten
@@ -35,6 +40,42 @@ def join_calls(joiner: Joiner, inside: set[fx.Node]) -> None:
             found.setdefault((call, node in inside), []).append(node)
     for (call, _), nodes in found.items():
         joiner.join(call[0], nodes)
+
+
+def join_products(joiner: Joiner, inside: set[fx.Node]) -> None:
+    """Let a function of matrices take in the product that only it uses: ``pinv(a @ b.mT)``."""
+    for node in list(joiner.primitives.graph.nodes):
+        if node not in joiner.active or not is_of_matrices(node):
+            continue
+        members = dict.fromkeys([node, *(u for u in node.users if is_part(u))])
+        waiting = operands_of(node)
+        while waiting:
+            operand = waiting.pop()
+            used = [u for u in operand.users if u in joiner.active]
+            product = isinstance(structure_at(operand), Contraction)
+            seen_through = operand.target in table.VIEWS | table.IDENTITIES
+            if operand not in joiner.active or any(u not in members for u in used):
+                continue
+            if product or seen_through:
+                members[operand] = None
+                waiting += [] if product else operands_of(operand)
+        has_product = any(isinstance(structure_at(n), Contraction) for n in members)
+        if has_product and len({n in inside for n in members}) == 1:
+            joiner.join(joiner.primitives.source[node].name, members)
+
+
+def is_of_matrices(node: fx.Node) -> bool:
+    """Whether it is, or is made of, a function that takes each matrix as a whole."""
+    if isinstance(node.target, Composite):
+        return any(map(is_of_matrices, node.target.nodes))
+    return getattr(structure_at(node), "core", None) == 2
+
+
+def structure_at(node: fx.Node) -> Structure | None:
+    """The structure of a call that is a unit of its own."""
+    if node.op != "call_function":
+        return None
+    return table.structure_of(node.target, node.args, node.kwargs)
 
 
 def join_complex(joiner: Joiner, inside: set[fx.Node]) -> None:

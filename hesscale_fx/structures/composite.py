@@ -8,7 +8,8 @@ stands in the graph as one call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -18,12 +19,29 @@ from hesscale_fx.structures import table
 from hesscale_fx.structures.columns import Columns
 
 
+@dataclass
+class Step:
+    """One call of a composite; nodes stand for values, also for those of its results."""
+
+    target: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+    results: dict[fx.Node, int | None]  # which of several it is, or None
+
+    def operands(self) -> list[fx.Node]:
+        """The nodes among its arguments."""
+        found: list[fx.Node] = []
+        fx.node.map_arg((self.args, dict(self.kwargs)), found.append)
+        return found
+
+
 class Composite:
     """A function of the values that enter `nodes`, in the order of `entering`.
 
     Args:
         name: what reports call it.
         nodes: in topological order.
+        steps: the calls that compute them.
         entering: the nodes that they use and that are not among them.
         outputs: those that others use.
         structure: its rule.
@@ -35,6 +53,7 @@ class Composite:
         self,
         name: str,
         nodes: list[fx.Node],
+        steps: list[Step],
         entering: list[fx.Node],
         outputs: list[fx.Node],
         structure: Columns,
@@ -46,46 +65,53 @@ class Composite:
         self.outputs = outputs
         self.structure = structure
         self.through = through
-        self._key = (describe(nodes, entering, outputs), structure)
+        self.calls = describe(steps, entering, outputs)
+        self._steps = steps
 
     def __call__(self, *values: Any) -> Tensor | tuple[Tensor, ...]:
-        """Run the nodes."""
+        """Run the steps."""
         known: dict[fx.Node, Any] = dict(zip(self.entering, values, strict=True))
-        for node in self.nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = plain(node)(*args, **kwargs)
-        found = tuple(known[n] for n in self.outputs)
-        return found if len(found) > 1 else found[0]
+        for step in self._steps:
+            args, kwargs = fx.node.map_arg((step.args, step.kwargs), known.__getitem__)
+            found = plain(step.target, args, kwargs)(*args, **kwargs)
+            for node, index in step.results.items():
+                known[node] = found if index is None else found[index]
+        results = tuple(known[n] for n in self.outputs)
+        return results if len(results) > 1 else results[0]
 
     def __eq__(self, other: object) -> bool:
         """Two of the same calls are the same function, so that one trace serves both."""
-        return isinstance(other, Composite) and self._key == other._key
+        if not isinstance(other, Composite):
+            return False
+        return (self.calls, self.structure) == (other.calls, other.structure)
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash((self.calls, self.structure))
 
     def __repr__(self) -> str:
         return f"<{self.name} as one>"
 
 
-def plain(node: fx.Node) -> Any:
-    """What computes a node such that autograd differentiates it twice."""
-    if node.target is operator.getitem:
+def plain(target: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What computes a call such that autograd differentiates it twice."""
+    if target is operator.getitem:
         return operator.getitem
-    structure = table.structure_of(node.target, node.args, node.kwargs)
+    structure = table.structure_of(target, args, dict(kwargs))
     written = getattr(structure, "implementation", None)
-    return written or table.differentiable(node.target)
+    return written or table.differentiable(target)
 
 
-def describe(nodes: list[fx.Node], entering: list[fx.Node], outputs: list[fx.Node]) -> Any:
+def describe(steps: list[Step], entering: list[fx.Node], outputs: list[fx.Node]) -> Any:
     """The calls with numbers in the place of nodes."""
-    number = {n: i for i, n in enumerate([*entering, *nodes])}
+    number = {n: i for i, n in enumerate(entering)}
 
     def shown(values: Sequence[Any]) -> tuple[str, ...]:
         return tuple(f"%{number[v]}" if isinstance(v, fx.Node) else repr(v) for v in values)
 
     calls = []
-    for node in nodes:
-        leaves, spec = pytree.tree_flatten((tuple(node.args), dict(node.kwargs)))
-        calls.append((node.target, shown(leaves), repr(spec)))
+    for step in steps:
+        leaves, spec = pytree.tree_flatten((tuple(step.args), dict(step.kwargs)))
+        calls.append((step.target, shown(leaves), repr(spec), tuple(step.results.values())))
+        for node in step.results:
+            number[node] = len(number)
     return tuple(calls), shown(outputs)
