@@ -24,6 +24,7 @@ from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.join import Joiner
 from hesscale_fx.analysis.joined import join_calls, join_complex, join_products
+from hesscale_fx.analysis.picks import write_picks
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.shifts import find_shifts
@@ -403,15 +404,16 @@ class Builder:
         active: set[fx.Node],
         method: Method,
         failed: Counter[frozenset[fx.Node]],
-    ) -> None:
+    ) -> list[fx.Node]:
         """Put together in the primitive graph what is exact as one operator only."""
-        ends = [primitives.of[n] for n in (captured.loss, *captured.boundary)]
-        joiner = Joiner(primitives, active, ends, failed)
-        inside = ancestors(ends[1:]) if method.needs_boundary else set()
+        loss, *ends = (primitives.of[n] for n in (captured.loss, *captured.boundary))
+        joiner = Joiner(primitives, active, loss, ends, failed)
+        inside = ancestors(ends) if method.needs_boundary else set()
         if self.fallback == "exact":
             join_calls(joiner, inside)
             join_products(joiner, inside)
         join_complex(joiner, inside)
+        return joiner.joined
 
     def _compile(
         self,
@@ -436,10 +438,13 @@ class Builder:
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
+        if write_picks(primitives, active, loss, fake_mode):
+            loss = primitives.of[captured.loss]
+            active = active_nodes(primitives.graph, loss, leaves)
         shifts = find_shifts(primitives.graph, active, loss)
         if shifts:
             active = active_nodes(primitives.graph, loss, leaves, shifts)
-        self._join(captured, primitives, active, method, failed)
+        joined = self._join(captured, primitives, active, method, failed)
         loss = primitives.of[captured.loss]
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(
@@ -499,7 +504,7 @@ class Builder:
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(method, outputs, primitives, exact, captured, loss_root),
+            report=report_of(method, outputs, primitives, exact, captured, loss_root, joined),
             captured=captured,
             primitives=primitives,
             units=partition.units,
@@ -548,6 +553,7 @@ def report_of(
     states: Mapping[fx.Node, Exactness],
     captured: Captured,
     loss_root: LossRoot | None,
+    joined: list[fx.Node],
 ) -> Report:
     """What the analysis found, by parameter."""
     entries = {}
@@ -563,7 +569,9 @@ def report_of(
         entries[name] = Entry(exact, () if exact else losses)
     fixed = tuple(d.describe() for d in captured.fixed)
     split = "" if loss_root is None else loss_root.describe()
-    return Report(entries, method.of, captured.way, fixed, split)
+    found = ((n.target.name, source_line(primitives.source[n])) for n in joined)  # type: ignore[union-attr]
+    units = tuple(f"{name} ({line})" if line else name for name, line in found)
+    return Report(entries, method.of, captured.way, fixed, split, units)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -19,7 +19,7 @@ from hesscale_fx.analysis.activity import active_nodes
 from hesscale_fx.analysis.carried import carried
 from hesscale_fx.analysis.exactness import exactness
 from hesscale_fx.analysis.primitives import Primitives
-from hesscale_fx.analysis.units import Partition, is_part, operands_of
+from hesscale_fx.analysis.units import Partition, flat_nodes, is_part, operands_of
 from hesscale_fx.structures import definitions
 from hesscale_fx.structures.columns import CHUNK, SMALL, Columns
 from hesscale_fx.structures.composite import Composite, Step
@@ -35,7 +35,8 @@ class Joiner:
     Args:
         primitives: the graph.
         active: nodes that a derivative passes.
-        ends: nodes whose values are asked for besides, such as the loss.
+        loss: the node that is differentiated.
+        ends: other nodes whose values are asked for.
         failed: sets of captured nodes and how often autograd could not differentiate them as one:
             once by the captured operators, and then written out.
     """
@@ -44,15 +45,23 @@ class Joiner:
         self,
         primitives: Primitives,
         active: set[fx.Node],
+        loss: fx.Node,
         ends: Iterable[fx.Node],
         failed: Mapping[frozenset[fx.Node], int],
     ) -> None:
         self.primitives = primitives
         self.active = active
-        self._ends = set(ends)
+        self._made: list[fx.Node] = []
+        self._ends = {loss, *ends}
+        self._flat = flat_nodes(primitives.graph, loss, active)
         self._failed = failed
         self._captured = {p: c for c, p in primitives.of.items()}
         self._loses: dict[Any, bool] = {}
+
+    @property
+    def joined(self) -> list[fx.Node]:
+        """The composite operators, without those that others have taken in."""
+        return [n for n in self._made if n in self.active]
 
     def join(self, name: str, members: Iterable[fx.Node]) -> bool:
         """Make one operator of active nodes if it is worth it and may be."""
@@ -121,9 +130,10 @@ class Joiner:
             (n in self.active, kind_of(n) if isinstance(n.meta.get("val"), Tensor) else None)
             for n in found.entering
         )
-        key = (found.calls, kinds)
+        flat = {n for n in found.outputs if n in self._flat}
+        key = (found.calls, kinds, tuple(n in flat for n in found.outputs))
         if key not in self._loses:
-            self._loses[key] = loses(found, self.active, self.primitives.source)
+            self._loses[key] = loses(found, self.active, self.primitives.source, flat)
         return self._loses[key]
 
     def _replace(self, found: Composite) -> None:
@@ -151,8 +161,10 @@ class Joiner:
             if captured is not None:
                 self.primitives.of[captured] = part
                 self._captured[part] = captured
-            if output in self._ends:
-                self._ends.add(part)
+            for some in (self._ends, self._flat):
+                if output in some:
+                    some.add(part)
+        self._made.append(call)
         self.active |= {call, *parts}
         sort(graph)
 
@@ -215,8 +227,16 @@ def leading(through: dict[int, int]) -> int:
     return rank
 
 
-def loses(found: Composite, active: set[fx.Node], source: dict[fx.Node, fx.Node]) -> bool:
-    """Whether the recursion through the nodes drops something under a diagonal quadratic."""
+def loses(
+    found: Composite,
+    active: set[fx.Node],
+    source: dict[fx.Node, fx.Node],
+    flat: set[fx.Node],
+) -> bool:
+    """Whether the recursion through the nodes drops something under a diagonal quadratic.
+
+    `flat`: the outputs whose Hessian is zero.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     entering = dict.fromkeys(a for n in found.nodes for a in n.all_input_nodes)
@@ -235,7 +255,7 @@ def loses(found: Composite, active: set[fx.Node], source: dict[fx.Node, fx.Node]
     for output in found.outputs:
         y = copies[output]
         y = call(aten.view_as_real.default, y) if y.meta["val"].is_complex() else y
-        term = call(aten.sum.default, call(aten.mul.Tensor, y, y))
+        term = call(aten.sum.default, y if output in flat else call(aten.mul.Tensor, y, y))
         loss = term if loss is None else call(aten.add.Tensor, loss, term)
     assert loss is not None
     leaves = [copies[n] for n in copies if n in active and n not in set(found.nodes)]

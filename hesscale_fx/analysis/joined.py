@@ -87,6 +87,8 @@ def join_complex(joiner: Joiner, inside: set[fx.Node]) -> None:
             users = [u for u in node.users if u in joiner.active]
             groups.join([node, *users])
     for group in groups.sets():
+        if not any(map(is_complex, group)):
+            continue
         members = [n for n in group if n.op == "call_function"]
         members += meeting(members, nodes, joiner.active)
         if len({n in inside for n in members}) == 1:
