@@ -22,6 +22,7 @@ from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.depth import beyond
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
+from hesscale_fx.analysis.inturn import sum_in_turn
 from hesscale_fx.analysis.join import Joiner
 from hesscale_fx.analysis.joined import join_calls, join_complex, join_products
 from hesscale_fx.analysis.picks import write_picks
@@ -439,7 +440,8 @@ class Builder:
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
         if write_picks(primitives, active, loss, fake_mode):
-            loss = primitives.of[captured.loss]
+            active = active_nodes(primitives.graph, loss, leaves)
+        if sum_in_turn(primitives, active, loss):
             active = active_nodes(primitives.graph, loss, leaves)
         shifts = find_shifts(primitives.graph, active, loss)
         if shifts:

@@ -1,8 +1,8 @@
-"""One element of each row as a reduction, where it meets the row again: ``x - x.gather(1, y)``.
+"""One element of each row as a reduction, where it meets the row again: ``x - x[arange(n), y]``.
 
-Alone a gather is a selection. But where its result is combined with other functions of the row, the
-cut at it would lose their cross terms; the sum of the row behind a mask is the same element, and
-part of a region.
+Alone it is a selection. But where it is combined with other functions of the row, the cut at it
+would lose their cross terms; the sum of the row behind a mask is the same element, and part of a
+region. (A gather is written so always; see structures/definitions.py.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from hesscale_fx.analysis.primitives import Primitives
-from hesscale_fx.analysis.units import flat_nodes, is_linear, is_region_node, operands_of
+from hesscale_fx.analysis.units import (
+    flat_nodes,
+    is_linear,
+    is_region_node,
+    operands_of,
+)
 from hesscale_fx.trace import Tracer, inline, trace
 
 aten = torch.ops.aten
@@ -26,7 +31,7 @@ def write_picks(
     """Write such gathers out in the primitive graph; whether there was one."""
     flat = {n for n in flat_nodes(primitives.graph, loss, active) if is_linear(n, active)}
     curved = {n for n in active if is_region_node(n) and n not in flat}
-    found = [n for n in primitives.graph.nodes if n in active and place_of(n) is not None]
+    found = [n for n in primitives.graph.nodes if n in active and index_of(n) is not None]
     found = [n for n in found if n is not loss and meets_again(n, curved, active)]
     captured = {p: c for c, p in primitives.of.items()}
     for node in found:
@@ -41,13 +46,10 @@ def write_picks(
 
 def written_out(node: fx.Node, primitives: Primitives, fake_mode: Any) -> fx.Node:
     """Put `picked` in front of a call."""
-    place = place_of(node)
-    assert place is not None
-    dim, index = place
-    inputs: list[Any] = [node.args[0], index]
+    inputs: list[Any] = [node.args[0], index_of(node)]
 
     def call(values: list[Any], tracer: Tracer) -> list[Any]:
-        return [picked(values[0], values[1], dim)]
+        return [picked(values[0], values[1])]
 
     def mark(made: fx.Node, role: str) -> None:
         made.meta["stack_trace"] = node.meta.get("stack_trace")
@@ -60,31 +62,21 @@ def written_out(node: fx.Node, primitives: Primitives, fake_mode: Any) -> fx.Nod
     return result
 
 
-def picked(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """The element of each row along `dim` whose number stands in `index`, which keeps it or not."""
-    places = torch.arange(x.shape[dim], device=x.device)
-    keeps = index.dim() == x.dim()
-    index = index if keeps else index.unsqueeze(dim)
-    places = places.reshape([-1 if d == dim else 1 for d in range(x.dim())])
-    hit = places == torch.remainder(index, x.shape[dim])
-    return torch.where(hit, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(dim, keeps)
+def picked(x: Tensor, index: Tensor) -> Tensor:
+    """``x[arange(len(x)), index]``."""
+    places = torch.arange(x.shape[1], device=x.device)
+    hit = places == torch.remainder(index, x.shape[1]).unsqueeze(1)
+    return torch.where(hit, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(1)
 
 
-def place_of(node: fx.Node) -> tuple[int, fx.Node] | None:
-    """The dimension along which a call takes one element of each row, and their numbers."""
+def index_of(node: fx.Node) -> fx.Node | None:
+    """The numbers of the elements that a call takes, one of each row of a matrix."""
     args: Any = node.args
-    if node.target is aten.gather.default:
-        x, dim, index = args[:3]
-        shape, own = (list(map(str, n.meta["val"].shape)) for n in (index, x))
-        if own:
-            dim %= len(own)
-            own[dim] = "1"
-            return (dim, index) if shape == own else None
-    if node.target is aten.index.Tensor and len(args[1]) == 2:
-        x, (rows, index) = args
-        if x.meta["val"].dim() == 2 and is_one_each(index) and counts(rows, x):
-            return 1, index
-    return None
+    if node.target is not aten.index.Tensor or len(args[1]) != 2:
+        return None
+    x, (rows, index) = args
+    fits = x.meta["val"].dim() == 2 and is_one_each(index) and counts(rows, x)
+    return index if fits else None
 
 
 def is_one_each(index: Any) -> bool:
@@ -115,14 +107,20 @@ def meets_again(pick: fx.Node, curved: set[fx.Node], active: set[fx.Node]) -> bo
 
     `curved`: the nodes that regions may consist of and that are not linear to the loss.
     """
-    above: dict[fx.Node, None] = {}
+    above = row_of(pick, curved, active)
+    return bool(below([pick], pick, curved) & below(above, pick, curved))
+
+
+def row_of(pick: fx.Node, curved: set[fx.Node], active: set[fx.Node]) -> set[fx.Node]:
+    """What a call picks from, and what that is a function of."""
+    found: set[fx.Node] = set()
     waiting: list[Any] = [pick.args[0]]
     while waiting:
         node = waiting.pop()
-        if node in active and node not in above:
-            above[node] = None
+        if node in active and node not in found:
+            found.add(node)
             waiting += operands_of(node) if node in curved else []
-    return bool(below([pick], pick, curved) & below(above, pick, curved))
+    return found
 
 
 def below(starts: Iterable[fx.Node], pick: fx.Node, curved: set[fx.Node]) -> set[fx.Node]:
