@@ -84,6 +84,38 @@ def is_part(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+def is_linear(node: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether an operator is linear in all its active operands jointly."""
+    if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
+        return True
+    operands = [a for a in operands_of(node) if a in active]
+    if node.target in table.REDUCTIONS:
+        return True  # a maximum is linear but for ties
+    if node.target in table.LINEAR_POINTWISE:
+        return True
+    if node.target in table.PRODUCTS:
+        return (
+            len(operands) == 1
+            and node.args[0] is operands[0]
+            or (len(operands) == 1 and "mul" in str(node.target))
+        )
+    structure = structures.structure_of(node.target, node.args, node.kwargs)
+    if structure is None:
+        return False
+    return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
+
+
+def flat_nodes(graph: fx.Graph, loss: fx.Node, active: set[fx.Node]) -> set[fx.Node]:
+    """Nodes whose Hessian is zero: only linear functions lie between them and the loss."""
+    flat = {loss}
+    for node in reversed(graph.nodes):
+        if node in active and node.op == "call_function":
+            users = [u for u in node.users if u in active]
+            if users and all(u in flat and is_linear(u, active) for u in users):
+                flat.add(node)
+    return flat
+
+
 class Partition:
     """Computes the units of one graph; `units` lists producers before consumers."""
 
@@ -103,7 +135,7 @@ class Partition:
         self._loss = loss
         self._users = {n: [u for u in n.users if u in active] for n in graph.nodes if n in active}
         self._nodes = [n for n in graph.nodes if n in active and n.op == "call_function"]
-        self._flat = self._flat_nodes()
+        self._flat = flat_nodes(graph, loss, active)
         self._outer = self._outer_nodes()
         self._inner = {n for n in self._nodes if n not in self._outer and is_region_node(n)}
         self._levels = self._find_levels()
@@ -113,15 +145,6 @@ class Partition:
         self.units = self._build()
 
     # --- levels -------------------------------------------------------------------------------
-
-    def _flat_nodes(self) -> set[fx.Node]:
-        """Nodes whose Hessian is zero: only linear functions lie between them and the loss."""
-        flat = {self._loss}
-        for node in reversed(self._nodes):
-            users = self._users[node]
-            if users and all(u in flat and self.is_linear(u) for u in users):
-                flat.add(node)
-        return flat
 
     def _outer_nodes(self) -> set[fx.Node]:
         """Nodes that no region needs: linear ones whose Hessian is zero.
@@ -138,23 +161,7 @@ class Partition:
 
     def is_linear(self, node: fx.Node) -> bool:
         """Whether an operator is linear in all its differentiated operands jointly."""
-        if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
-            return True
-        operands = [a for a in operands_of(node) if a in self._active]
-        if node.target in table.REDUCTIONS:
-            return True  # a maximum is linear but for ties
-        if node.target in table.LINEAR_POINTWISE:
-            return True
-        if node.target in table.PRODUCTS:
-            return (
-                len(operands) == 1
-                and node.args[0] is operands[0]
-                or (len(operands) == 1 and "mul" in str(node.target))
-            )
-        structure = structures.structure_of(node.target, node.args, node.kwargs)
-        if structure is None:
-            return False
-        return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
+        return is_linear(node, self._active)
 
     def _in_region(self, node: fx.Node) -> bool:
         return node in self._inner
