@@ -122,7 +122,12 @@ def transform(
         fallback: what serves an operator without a structure, which otherwise raises an error:
             ``"exact"``, the columns of its Jacobian, one backward pass for each element of its
             output and of its operand, for small ones; or ``"estimate"``, unbiased by random signs
-            that are drawn in each call, at any size.
+            that are drawn in each call, at any size. With ``"exact"`` a single call of a function
+            of torch that the recursion would cut into several units with a loss (attention,
+            ``torch.cov``), and a function of matrices with the product that only it uses
+            (``pinv(a @ b.mT)``), is one unit by columns too, where all its columns are at most
+            2^22 numbers, at most 2048 columns of one block; larger ones stay as they are.
+            ``hs.report().joined`` lists them.
         curvature_dtype: ``torch.bfloat16`` contracts curvature (matrix products, convolutions) in
             bfloat16, added up in float32: about 0.3% median error, and faster where the hardware
             has such products (avx512_bf16, AMX, GPUs). Gradients and all else stay as they are.

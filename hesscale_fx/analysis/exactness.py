@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hesscale_fx.analysis.picks import index_of
 from hesscale_fx.analysis.units import Partition, Unit, is_part, operands_of
 from hesscale_fx.structures import table
 from hesscale_fx.structures.columns import Estimate
@@ -433,6 +434,8 @@ def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
         return _indexed(0, y - 1, y)
     if target is aten.index_select.default and x == y and x:
         return _indexed(int(args[1]) % x, 1, y)
+    if index_of(call) is not None:
+        return Passage(set(), {0: 0}, set(), {1})
     if target is aten.index.Tensor:
         given = [(d, i) for d, i in enumerate(args[1]) if i is not None]
         if len(given) == 1 and given[0][1].meta["val"].dtype in (torch.int64, torch.int32):

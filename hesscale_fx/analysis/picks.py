@@ -32,7 +32,8 @@ def write_picks(
     flat = {n for n in flat_nodes(primitives.graph, loss, active) if is_linear(n, active)}
     curved = {n for n in active if is_region_node(n) and n not in flat}
     found = [n for n in primitives.graph.nodes if n in active and index_of(n) is not None]
-    found = [n for n in found if n is not loss and meets_again(n, curved, active)]
+    found = [n for n in found if n is not loss and same_rows(n, n.args[0])]
+    found = [n for n in found if meets_again(n, curved, active)]
     captured = {p: c for c, p in primitives.of.items()}
     for node in found:
         source = primitives.source[node]
@@ -70,12 +71,12 @@ def picked(x: Tensor, index: Tensor) -> Tensor:
 
 
 def index_of(node: fx.Node) -> fx.Node | None:
-    """The numbers of the elements that a call takes, one of each row of a matrix."""
+    """The numbers of the elements that a call takes, one of each of the first rows of a matrix."""
     args: Any = node.args
     if node.target is not aten.index.Tensor or len(args[1]) != 2:
         return None
     x, (rows, index) = args
-    fits = x.meta["val"].dim() == 2 and is_one_each(index) and counts(rows, x)
+    fits = x.meta["val"].dim() == 2 and is_one_each(index) and counts(rows)
     return index if fits else None
 
 
@@ -85,8 +86,8 @@ def is_one_each(index: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and value.dtype is not torch.bool
 
 
-def counts(index: Any, x: fx.Node) -> bool:
-    """Whether an index is 0, 1, 2, ... for all rows of x."""
+def counts(index: Any) -> bool:
+    """Whether an index is 0, 1, 2, ..."""
     if not isinstance(index, fx.Node) or not is_one_each(index):
         return False
     bounds: dict[Any, list[Any]] = {
@@ -95,10 +96,10 @@ def counts(index: Any, x: fx.Node) -> bool:
         aten.arange.start_step: [*index.args],
     }
     start, _, *step = bounds.get(index.target, [None, None])
-    return start == 0 and step in ([], [1]) and same_rows(index, x)
+    return start == 0 and step in ([], [1])
 
 
-def same_rows(a: fx.Node, b: fx.Node) -> bool:
+def same_rows(a: Any, b: Any) -> bool:
     return str(a.meta["val"].shape[0]) == str(b.meta["val"].shape[0])
 
 

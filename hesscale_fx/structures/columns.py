@@ -10,6 +10,7 @@ the imaginary part, which for the gradient is autograd's own convention.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -262,7 +263,9 @@ def batched_grad(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor | None:
         return found
 
     (reached,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True, allow_unused=True)
-    return None if reached is None else torch.func.vmap(grad)(vectors)
+    with warnings.catch_warnings():  # of operators that have no batched form
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return None if reached is None else torch.func.vmap(grad)(vectors)
 
 
 @dataclass
