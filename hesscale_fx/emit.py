@@ -643,7 +643,9 @@ def signature(
             else:
                 sources.append(None)
     ends = (tuple(map(reference, unit.outputs)), tuple(reference(n) for n, _ in unit.inputs))
-    return entering, (tuple(nodes), tuple(sources), ends)
+    twins = [] if unit.region is None else unit.region.twins
+    same = tuple((reference(t.first), reference(t.second), repr(t.axes)) for t in twins)
+    return entering, (tuple(nodes), tuple(sources), ends, same)
 
 
 def exact_use(use: str, exact: bool, slot: Slot) -> str:

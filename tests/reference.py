@@ -172,8 +172,6 @@ class _Flat(nn.Module):
 class _Graph:
     """An exported graph, and the value of every node from one eager run of it."""
 
-    pairs = True
-
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict):
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             ep = torch.export.export(module, args, kwargs, strict=False)
@@ -1003,7 +1001,7 @@ def _stages(graph, part, active):
         stages.append(now)
         rest = [n for n in rest if n not in set(now)]
     at = {n: k for k, stage in enumerate(stages) for n in stage}
-    for stage in reversed(stages) if graph.pairs else ():
+    for stage in reversed(stages):
         left = _left_to_later(stage, users, reducing, active)
         at.update((n, min(at[u] for u in users[n])) for n in reversed(stage) if n in left)
     by_stage = defaultdict(list)
@@ -1077,14 +1075,9 @@ def reference(
     *,
     method: str = "hesscale",
     units: str = "region",
-    pairs: bool = True,
     seed: int | None = None,
 ) -> Reference:
     """Loss, gradients and curvature by brute force.
-
-    Of one tensor read along two axes, as in the differences of all pairs of rows, a region sees
-    that both are the same, and hence what they share where the indices are equal. Without
-    ``pairs`` it takes them for two tensors.
 
     Results are keyed by ``model.named_parameters()`` (those that require grad) and, for
     floating-point inputs, by their position among ``inputs``. ``seed`` seeds the default
@@ -1100,9 +1093,7 @@ def reference(
         def build(module, args, kw):
             if seed is not None:
                 torch.manual_seed(seed)
-            graph = _Graph(module, args, kw)
-            graph.pairs = pairs
-            return graph
+            return _Graph(module, args, kw)
 
         if method == "hesscale":
             joint = _Joint(model, loss, len(targets))
@@ -1126,7 +1117,6 @@ def reference(
             if isinstance(loss, nn.Module):
                 holder.loss = loss
             head = _Graph(holder, (*values, *targets), {})
-            head.pairs = pairs
             (out,) = head.outputs
             value = head.env[out]
             one = torch.ones_like(value)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, relative_error, some
-from reference import autograd, reference
+from reference import autograd, exact_hessian_diagonal, reference
 from torch import nn
 from torch.distributions import Categorical, Normal
 
@@ -1627,3 +1627,34 @@ def test_rows_of_any_length(name, size):
     got = _head(f, x)
     got = torch.stack([got[e] for e in entries])
     assert (got - want).abs().max() <= 1e-10 * max(want.abs().max().item(), 1e-3 / size)
+
+
+# ------------------------------------------------------------------ one tensor along two axes
+
+
+def _rows(z):
+    return z.unsqueeze(1), z.unsqueeze(0)
+
+
+_PAIRS = {
+    "distances": lambda z: (torch.sub(*_rows(z)).square().sum(-1) / -2).exp(),
+    "quotients": lambda z: z.unsqueeze(1) / (2 + z.unsqueeze(0).square()),
+    "softmax of products": lambda z: (z.T.unsqueeze(2) * z.T.unsqueeze(1)).softmax(-1),
+    "flattened": lambda z: z.reshape(-1)[:, None] * z.reshape(-1)[None].exp(),
+    "triples": lambda z: z[:, None, None] * z[None, :, None].tanh() * (z[None, None] + 1),
+}
+
+
+@pytest.mark.parametrize("name", _PAIRS)
+def test_pairs_of_one_tensor(name):
+    """A function of all pairs of rows is one unit: exact where what follows is elementwise."""
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(z):
+        y = _PAIRS[name](z)
+        w = torch.arange(1.0, 1 + y.numel()).double().cos().reshape(y.shape)
+        return (w * y + y.sin()).sum()
+
+    (found,) = hesscale_fx.transform(loss, wrt="inputs")(z.detach()).hess_diag.values()
+    exact = exact_hessian_diagonal(lambda: loss(z), {"z": z})["z"]
+    assert relative_error(found, exact) < TOLERANCE

@@ -54,6 +54,7 @@ def test_model(name):
 BETWEEN_ROWS = [
     "Linear-chain CRF", "Hidden Markov model", "Neural Turing machine", "Capsules", "Soft k-means",
     "U-Net", "NeRF", "Graph convolution, scatter", "Contrastive", "FNet by hand",
+    "Gaussian process",
 ]  # fmt: skip
 
 

@@ -18,8 +18,9 @@ So a region is split into the finest units that cut neither.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ from hesscale_fx.analysis.cancel import find_cancelled
 from hesscale_fx.analysis.recognize import recognize
 from hesscale_fx.analysis.rowfunctions import recognize_row
 from hesscale_fx.structures import Structure, table
-from hesscale_fx.structures.region import Region, reduction
+from hesscale_fx.structures.region import Region, Twins, reduction
 
 
 @dataclass(eq=False)
@@ -273,9 +274,7 @@ class Partition:
         """Nodes before any reduction from which different rows are reduced first."""
         if sum(n.target in table.REDUCTIONS for n in component) < 2:
             return set()
-        axes = Axes()
-        for node in component:
-            assign(node, axes, strict=False)
+        axes = axes_of(component)
         first: dict[fx.Node, set[frozenset[int]]] = {}
         for node in reversed(component):
             row = frozenset(reduced_axes(node, axes))
@@ -294,12 +293,17 @@ class Partition:
             for a in dict.fromkeys(a for n in group for a in operands_of(n))
             if a in self._active and a not in members
         ]
+        region = None
+        if len({source_of(a)[0] for a, _ in inputs}) < len(inputs):
+            region = self._region_with_twins(group)
+            added = [a for a in region.inputs if all(a is not b for b, _ in inputs)]
+            inputs += [(a, self._producer(a, level)) for a in added]
         key = (tuple(group), tuple((a, id(p)) for a, p in inputs))
         unit = self._known.get(key)
         if unit is None:
-            unit = self._known[key] = Unit(group, inputs, [], self._region(group))
-            if unit.region is not None:
-                unit.region.outputs = unit.outputs  # one list: what other units use
+            region = region or self._region_with_twins(group)
+            unit = self._known[key] = Unit(group, inputs, [], region)
+            region.outputs = unit.outputs  # one list: what other units use
         if level not in unit.levels:
             unit.levels.append(level)
         for node in group:
@@ -310,6 +314,24 @@ class Partition:
             )
             if used and node not in unit.outputs:
                 unit.outputs.append(node)
+
+    def _region_with_twins(self, nodes: list[fx.Node]) -> Region:
+        """The region of a unit, with what of its inputs is the same tensor."""
+        region = self._region(nodes)
+        assert region is not None  # or it had not become a unit
+        if region.name == "selection":
+            return region  # no products of two entries
+        for first, second in itertools.combinations(list(region.inputs), 2):
+            twins = twins_of(region, first, second)
+            if twins is None or twins.source not in self._active:
+                continue
+            if not self._same_side(first, nodes[0]):
+                continue
+            region.twins.append(twins)
+            if twins.source not in region.dims:
+                region.dims[twins.source] = twins.dims
+                region.inputs.append(twins.source)
+        return region
 
     def _uses(self, user: fx.Node, level: int) -> bool:
         if self._in_region(user):
@@ -368,12 +390,23 @@ class Partition:
 
     def _try(self, groups: Groups, members: Iterable[fx.Node]) -> bool:
         """Make one unit of the groups of `members` if there is a rule for it."""
-        union = groups.union(members)
-        union = self._between(union, groups)
-        if self._region(union) is None:
-            return False
+        union = self._between(groups.union(members), groups)
+        if self._region(union) is None:  # one axis twice, perhaps, because it is read so
+            views = [n for n in self._first_views(union) if groups.set_of(n) == [n]]
+            union = self._between([n for n in union if n not in views], groups)
+            several = any(groups.set_of(n) is not groups.set_of(union[0]) for n in union)
+            if not views or not several or self._region(union) is None:
+                return False
         groups.join(union)
         return True
+
+    def _first_views(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        """The views of what enters."""
+        rest = set(nodes)
+        for node in nodes:
+            if node.target in table.VIEWS and rest.isdisjoint(operands_of(node)):
+                rest.remove(node)
+        return [n for n in nodes if n not in rest]
 
     def _between(self, members: list[fx.Node], groups: Groups) -> list[fx.Node]:
         """Add what lies on paths from one member to another, so that the unit is convex."""
@@ -397,9 +430,9 @@ class Partition:
         """Join units that spread elements along an axis to those that couple it later."""
         if not any(n.target in table.REDUCTIONS for n in groups.elements):
             return  # nothing couples along an axis
-        axes = Axes()
-        for node in groups.elements:
-            assign(node, axes, strict=False)
+        axes = axes_of(groups.elements)
+        if any(len(set(axes.atoms(n))) < len(axes.atoms(n)) for n in groups.elements):
+            axes = axes_of(groups.elements, apart=set(self._first_views(groups.elements)))
         failed: set[tuple[fx.Node, fx.Node]] = set()
         changed = True
         while changed:
@@ -476,11 +509,72 @@ def region_of(nodes: list[fx.Node], active: set[fx.Node]) -> Region | None:
     return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)
 
 
+def twins_of(region: Region, first: fx.Node, second: fx.Node) -> Twins | None:
+    """How two inputs of a region read the same tensor, if they do it along different axes."""
+    (root, chain), (other, second_chain) = source_of(first), source_of(second)
+    if root is not other:
+        return None
+    steps = zip(chain, second_chain, strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda step: step[0] is step[1], steps))
+    source = chain[common - 1] if common else root
+    chain, second_chain = chain[common:], second_chain[common:]
+    axes = Axes()
+    axes.fresh(source)
+    try:
+        for node in [*chain, *second_chain]:
+            assign(node, axes)
+    except AxesError:
+        return None
+    pairs: list[tuple[int, int]] = []
+    dims: list[list[int]] = []
+    for dim in axes.dims(source):
+        dims.append([])
+        for atom in dim:
+            a, b = (places(n, atom, axes, region) for n in (first, second))
+            if a is None or b is None or len(a) != len(b):
+                return None
+            pairs += zip(a, b, strict=True)
+            dims[-1] += a
+    one, two = ({p[i] for p in pairs} for i in (0, 1))
+    apart = all(a == b or (a not in two and b not in one) for a, b in pairs)
+    return Twins(source, first, second, dims, pairs) if apart and one != two else None
+
+
+def source_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The tensor that a node is a view of, and the views from there on."""
+    chain: list[fx.Node] = []
+    while node.op == "call_function" and node.target in table.VIEWS:
+        chain.insert(0, node)
+        node = node.args[0]  # type: ignore[assignment]
+    return node, chain
+
+
+def places(node: fx.Node, atom: int, axes: Axes, region: Region) -> list[int] | None:
+    """The region's axes along which an input has an atom of its source."""
+    for own, dims in zip(axes.dims(node), region.dims[node], strict=True):
+        if own == [atom]:
+            return dims
+    return None
+
+
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """Tensor operands in order, a node that is an operand twice listed twice."""
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)
     return [n for n in found if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))]
+
+
+def axes_of(nodes: list[fx.Node], apart: Collection[fx.Node] = ()) -> Axes:
+    """The axes of nodes, new ones where they have no common factors with those of the operands.
+
+    `apart`: nodes that get new ones, so that views of one tensor may read it along two axes.
+    """
+    axes = Axes()
+    for node in nodes:
+        assign(node, axes, strict=False)
+        if node in apart:
+            axes.fresh(node)
+    return axes
 
 
 def reduced_axes(node: fx.Node, axes: Axes) -> list[int]:

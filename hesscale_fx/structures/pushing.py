@@ -38,8 +38,9 @@ MANY = 3
 
 
 def is_long(region: Region) -> bool:
-    """Whether the region has many reductions."""
-    return sum(n.target in table.REDUCTIONS and bool(reduction(n)[0]) for n in region.nodes) >= MANY
+    """Whether the region has many reductions, and reads no tensor along two axes."""
+    sums = sum(n.target in table.REDUCTIONS and bool(reduction(n)[0]) for n in region.nodes)
+    return sums >= MANY and not region.twins
 
 
 @dataclass

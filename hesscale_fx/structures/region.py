@@ -18,6 +18,11 @@ All partials are elementwise and come from autograd. The cost is linear in the r
 number of reductions; without any, this is the pointwise rule ``a^2 s + a' g``. An input that is
 constant along some axes sums P and C over those of the row first, and the result over the others.
 
+One tensor may be read along two axes, as in the differences of all pairs of rows. These readings v
+and w are two inputs, and where their indices are equal they are one entry x, which gets twice
+
+    P(v, w) + sum_j (P(v, r_j) C_j^w + P(w, r_j) C_j^v) + sum_jl C_j^v C_l^w S(P(r_j, r_l)).
+
 Every tensor is viewed over the region's atomic axes (see analysis/axes.py), so that nothing here
 knows about reshapes or permutations.
 """
@@ -39,6 +44,17 @@ aten = torch.ops.aten
 
 
 @dataclass
+class Twins:
+    """Two inputs of a region that are the same tensor, read along different axes."""
+
+    source: fx.Node
+    first: fx.Node
+    second: fx.Node
+    dims: list[list[int]]  # of the source, by the axes of the first reading
+    axes: list[tuple[int, int]]  # of either reading, in the same order
+
+
+@dataclass
 class Region:
     """A set of nodes with one rule, and the axes of the tensors in it."""
 
@@ -51,6 +67,8 @@ class Region:
     sizes: dict[int, int]  # of the axes whose size is a constant
     # Reductions that cancel: no output changes with them (the maximum in a softmax).
     cancelled: set[fx.Node] = field(default_factory=set)
+    # Of their source, which is an input too, no node reads it but through them.
+    twins: list[Twins] = field(default_factory=list)
     # The operator, with options, that it is a spelling of.
     named: tuple[Any, dict[str, Any]] | None = None
     # The row function that it is a spelling of (see spelled.py).
@@ -139,6 +157,23 @@ class Layout:
     def ratio(self, axes: list[int]) -> Any:
         """The number of places along axes."""
         return math.prod([self.sizes[a] for a in axes])
+
+    def merged(self, twins: Twins, value: Tensor) -> Tensor:
+        """Where the indices of two readings of a tensor are equal, in the tensor's own shape."""
+        for a, b in twins.axes:
+            if a == b:
+                continue
+            i, j = self.position[a], self.position[b]
+            shape = list(value.shape)
+            shape[i] = shape[j] = self.sizes[a]
+            value = value.expand(shape).diagonal(dim1=i, dim2=j)
+            value = value.movedim(-1, i - (j < i)).unsqueeze(j)
+        axes = [a for a, _ in twins.axes]
+        value = value.expand([self.sizes[a] if a in axes else 1 for a in self.region.order])
+        inner = sorted(axes, key=lambda a: self.position[a])
+        value = value.reshape([self.sizes[a] for a in inner])
+        value = value.permute([inner.index(a) for a in axes])
+        return value.reshape([self.ratio(d) for d in twins.dims])
 
     def behind(self, node: fx.Node, value: Tensor) -> Tensor:
         """As `native`, behind one more dimension in front."""
@@ -347,7 +382,34 @@ class RegionAt:
             for part in parts:
                 total = add(total, or_none(part))
             results.append(None if total is None else self._finish(v, total))
+        for twins in self.region.twins:
+            position = self.region.inputs.index(twins.source)
+            results[position] = add(results[position], self._between(twins, entries, between))
         return results
+
+    def _between(
+        self,
+        twins: Twins,
+        entries: Callable[[fx.Node, fx.Node], list[Tensor]],
+        between: Callable[[fx.Node, fx.Node], Tensor | None],
+    ) -> Tensor | None:
+        """Twice the second derivatives between two readings of a tensor, where these are equal."""
+        sides = []
+        for node, axes in zip(
+            (twins.first, twins.second), zip(*twins.axes, strict=True), strict=True
+        ):
+            absent = set(self.region.order) - set(axes)
+            inside = absent & self.region.row
+            sides.append((node, absent, inside, self._slopes(node, inside)))
+        (v, without_v, inside_v, slopes_v), (w, without_w, inside_w, slopes_w) = sides
+        terms: list[Tensor | None] = list(entries(v, w))
+        for node, inside, slopes in ((v, inside_v, slopes_w), (w, inside_w, slopes_v)):
+            for r, c in slopes:
+                terms += [mul(self._layout.sum(t, inside), c) for t in entries(node, r)]
+        for a, ca in slopes_v:
+            terms += [mul(between(a, b), ca, cb) for b, cb in slopes_w]
+        total = self._total([t for t in terms if t is not None], without_v & without_w)
+        return None if total is None else self._layout.merged(twins, total + total)
 
     def _slopes(self, v: fx.Node, inside: set[int]) -> list[tuple[fx.Node, Tensor]]:
         """C_j = dr_j/dv for every reduction that v reaches."""
