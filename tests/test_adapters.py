@@ -94,8 +94,7 @@ def loader(targets):
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 @pytest.mark.parametrize("weights", ["all", "last_layer", "subnetwork"])
-def test_laplace(likelihood, weights):
-    laplace = pytest.importorskip("laplace", reason="needs laplace-torch: make test-adapters")
+def test_laplace(likelihood, weights, laplace):
     net, _, _ = classifier()
     classes = torch.randint(3, (40,))
     data = loader(classes if likelihood == "classification" else torch.randn(40, 3).double())

@@ -111,7 +111,7 @@ def test_blocks_of_the_readme(block: Block, monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     "page", [p for p, b in BLOCKS.items() if b and p != README], ids=lambda p: p.name
 )
-def test_blocks_of_a_page(page: Path, monkeypatch, tmp_path) -> None:
+def test_blocks_of_a_page(page: Path, monkeypatch, tmp_path, request) -> None:
     """They follow each other, and print what the page shows."""
     monkeypatch.chdir(tmp_path)
     name = f"page_{page.stem}"  # not that of a package
@@ -120,6 +120,8 @@ def test_blocks_of_a_page(page: Path, monkeypatch, tmp_path) -> None:
     for block in BLOCKS[page]:
         if block.needs and importlib.util.find_spec(block.needs) is None:
             continue
+        if block.needs == "laplace":
+            request.getfixturevalue("laplace")
         printed = block.run(module.__dict__)
         if block.output is not None:
             flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

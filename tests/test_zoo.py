@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from real_models import against_brute_force, measure
 from reference import autograd
 from torch import nn
 
 import hesscale_fx
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from real_models import against_brute_force, measure
 
 from zoo import CASES, classics
 
