@@ -168,6 +168,10 @@ SPECTRA = {
     "abs": lambda x: torch.fft.rfft(x).abs(),
     "parts": of_parts,
     "pairs": lambda x: torch.view_as_real(torch.fft.rfft(x)).norm(dim=-1),
+    "pairs, by hand": lambda x: (
+        torch.view_as_real(torch.fft.rfft(x)).pow(2).sum(-1, keepdim=True) + 0.1
+    ).sqrt(),
+    "products of pairs": lambda x: torch.view_as_real(torch.fft.rfft(x)).square().sum(-1).sqrt(),
     "conjugate": lambda x: ((y := torch.fft.rfft(x)) * y.conj()).real.log1p(),
     "filtered": lambda x: torch.fft.irfft(torch.fft.rfft(x) * (1 + 2j)),
     "two dimensions": lambda x: torch.fft.fft(torch.fft.fft(x, dim=0)).real,

@@ -98,7 +98,8 @@ def join_complex(joiner: Joiner, inside: set[fx.Node]) -> None:
 def is_complex(node: fx.Node) -> bool:
     """Whether a node gives a complex value, or is a call of several outputs with one."""
     value = node.meta["val"]
-    return any(v.is_complex() for v in (value if isinstance(value, (tuple, list)) else [value]))
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(v, torch.Tensor) and v.is_complex() for v in values)
 
 
 def meeting(members: list[fx.Node], nodes: list[fx.Node], active: set[fx.Node]) -> list[fx.Node]:
@@ -117,7 +118,7 @@ def meeting(members: list[fx.Node], nodes: list[fx.Node], active: set[fx.Node]) 
         if node in inside or not known or not (node.target in TAKE or is_region_node(node)):
             continue
         if node.target in table.REDUCTIONS:
-            if operands[0] not in pairs or reduction(node)[0] != [rank(node) - 1]:
+            if operands[0] not in pairs or reduction(node)[0] != [rank(operands[0]) - 1]:
                 continue
             meets.add(node)
         elif pairs.issuperset(operands) and table.is_pointwise(node.target):
