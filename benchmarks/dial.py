@@ -5,6 +5,8 @@
 Relative L1 error, sum |h - exact| / sum |exact|, mean over seeds. The classifiers are tanh networks
 10-16-..-16-5 in float64, trained by full-batch Adam for 300 steps on 256 standard normal inputs
 with the labels of a random teacher; the diagonal is that of the weights on the first 32 inputs.
+Networks with global average pooling learn a teacher's labels too ("pooled"), or those of 32 images
+"by heart"; of them, and of the GPT, the diagonal is that of all parameters.
 `--time` measures what a call costs instead, in processor time over that of plain HesScale;
 `--only tail` shows both against the number of contractions that all columns are carried through.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,6 +76,11 @@ def images(activation: type[nn.Module]) -> tuple[Tensor, Tensor]:
         return x, teacher(x).argmax(1)
 
 
+def random_labels() -> tuple[Tensor, Tensor]:
+    """Images of noise, as many as the diagonal is computed on, and labels to learn by heart."""
+    return torch.randn(32, 1, 8, 8, dtype=torch.float64), torch.randint(5, (32,))
+
+
 class TinyGPT(nn.Module):
     """Two blocks of width 16; the logits of the next token."""
 
@@ -126,6 +133,8 @@ FAMILIES = {
     **{f"{n} hidden": Family(partial(classifier, n), teacher_data, 300, 32, True)
        for n in (1, 2, 3, 5)},
     **{f"pooled, {kind.__name__}": Family(partial(pooled, kind), partial(images, kind), 150, 32)
+       for kind in (nn.Tanh, nn.ReLU)},
+    **{f"by heart, {kind.__name__}": Family(partial(pooled, kind), random_labels, 150, 32)
        for kind in (nn.Tanh, nn.ReLU)},
     **{f"GPT, {n} steps": Family(lambda: TinyGPT().double(), sentences, n, 8) for n in (0, 100)},
 }  # fmt: skip
@@ -205,9 +214,12 @@ def tails(title: str, family: Family, lengths: Iterable[int], seeds: int, rounds
     show(f"tail, {title}", {"error": found, "time": cost})
 
 
-TITLES = {
+TITLES: dict[str, tuple[str, Sequence[str]]] = {
     "mlp": ("tanh classifier, weights", ("1 hidden", "2 hidden", "3 hidden", "5 hidden")),
-    "pool": ("global average pooling", ("pooled, Tanh", "pooled, ReLU")),
+    "pool": (
+        "global average pooling",
+        [f"{labels}, {kind}" for labels in ("pooled", "by heart") for kind in ("Tanh", "ReLU")],
+    ),
     "gpt": ("GPT", ("GPT, 0 steps", "GPT, 100 steps")),
 }
 TAILS = {

@@ -507,12 +507,12 @@ def document(results: dict[str, list[Outcome]], samples: int) -> str:
             f"- In-place variants, on a copy: {counts(results['inplace'])}. (PyTorch does not "
             "differentiate calls with `out=`.)",
             "",
-            "What is approximate is several units of the recursion, such as attention, a linear "
-            "layer with its loss, or a Fourier transform of a padded signal: between units the "
-            "recursion drops off-diagonal parts by definition, which no fallback for an operator "
-            "changes, and `report()` says where. Of the entries that are one unit "
-            f"{share_of_units(plain)} are correct, with the fallback {share_of_units(together)}; "
-            "the rest are operators on sparse layouts.",
+            "What is approximate is several units of the recursion, such as attention or a linear "
+            "layer with its loss: between units the recursion drops off-diagonal parts by "
+            "definition, and `report()` says where. Of the entries that are one unit "
+            f'{share_of_units(plain)} are correct. `fallback="exact"` makes one unit of each call '
+            "that is small, by the columns of its Jacobian; then the rest are operators on sparse "
+            "layouts.",
             "",
             "## Not correct without a fallback",
             "",

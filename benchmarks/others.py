@@ -49,9 +49,13 @@ def backpack_step(work: Workload, extension: str) -> Callable[[], Any]:
     return step
 
 
-def others(work: Workload) -> dict[str, Callable[[], Any]]:
-    """Those that can be run on a workload; each is tried once."""
-    found = {}
+# What says that a package is not installed, or does not know a layer of the model.
+REFUSALS = (ImportError, NotImplementedError, RuntimeError, AttributeError, AssertionError)
+
+
+def others(work: Workload) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Those that can be run on a workload, each tried once, and why the rest cannot."""
+    found, refused = {}, {}
     makers: dict[str, Callable[[], Callable]] = {"Hutchinson": lambda: hutchinson(work)}
     for extension in EXTENSIONS:
         makers[f"BackPACK {extension}"] = lambda e=extension: backpack_step(work, e)
@@ -59,7 +63,8 @@ def others(work: Workload) -> dict[str, Callable[[], Any]]:
         try:
             step = make()
             step()
-        except (ImportError, NotImplementedError, RuntimeError, AttributeError):
-            continue  # not installed, or a layer that it does not know
-        found[name] = step
-    return found
+        except REFUSALS as error:
+            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        else:
+            found[name] = step
+    return found, refused

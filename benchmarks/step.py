@@ -97,8 +97,10 @@ def measure(
     seconds = {"transform": time.perf_counter() - start}
     calls = {"plain": gradient_step(work, False), "ours": lambda: hs(*work.args)}
     memory = memory_ratio(calls["ours"], calls["plain"], list(work.model.parameters()))
+    refused: dict[str, str] = {}
     if compare:
-        calls |= others(work)
+        beside, refused = others(work)
+        calls |= beside
     if compiled:
         torch._dynamo.reset()
         fast = torch.compile(hs, fullgraph=True)
@@ -121,8 +123,9 @@ def measure(
     builds = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
     row = f"| {name} | {million:.2f} | {eager} | {both} | {memory:.2f} | {times} | {builds} |"
     known = {"plain", "ours", "plain compiled", "ours compiled"}
-    beside = [f"{k} {ratio(t, found['plain'])}" for k, t in found.items() if k not in known]
-    return "\n".join([row, *(f"  {line}" for line in beside)])
+    lines = [f"{k} {ratio(t, found['plain'])}" for k, t in found.items() if k not in known]
+    lines += [f"{k} not: {why}" for k, why in refused.items()]
+    return "\n".join([row, *(f"  {line}" for line in lines)])
 
 
 def ratio(ours: Timing, plain: Timing) -> str:

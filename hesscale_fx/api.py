@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,12 +22,16 @@ from hesscale_fx.analysis.activity import active_nodes, ancestors
 from hesscale_fx.analysis.depth import beyond
 from hesscale_fx.analysis.exactness import State as Exactness
 from hesscale_fx.analysis.exactness import exactness
+from hesscale_fx.analysis.inturn import sum_in_turn
+from hesscale_fx.analysis.join import Joiner
+from hesscale_fx.analysis.joined import join_calls, join_complex, join_products
+from hesscale_fx.analysis.picks import write_picks
 from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.shifts import find_shifts
 from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
-from hesscale_fx.emit import Emission
+from hesscale_fx.emit import Emission, Inseparable
 from hesscale_fx.errors import (
     CaptureError,
     InvalidArgumentError,
@@ -37,6 +42,7 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
+from hesscale_fx.garbage import collected_rarely
 from hesscale_fx.lossroot import LossRoot, loss_root_of
 from hesscale_fx.methods import Calibrated, HesScale, LossSplit, Method, make_method
 from hesscale_fx.module import HesScaleModule, Program, State
@@ -53,7 +59,8 @@ from hesscale_fx.structures.contraction import contracting_in
 # What serves a call whose operator has no structure.
 FALLBACKS: dict[str, Structure] = {"exact": Columns(limit=LARGE), "estimate": Estimate()}
 
-SYMBOLIC = "symbolic sizes/strides"  # in torch's words for what a formula of its own cannot do
+# In torch's words for what a formula of its own cannot do.
+SYMBOLIC = ("symbolic sizes/strides", "expected to contain only concrete integers")
 DATA_DEPENDENT = (GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 Wrt = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -115,7 +122,12 @@ def transform(
         fallback: what serves an operator without a structure, which otherwise raises an error:
             ``"exact"``, the columns of its Jacobian, one backward pass for each element of its
             output and of its operand, for small ones; or ``"estimate"``, unbiased by random signs
-            that are drawn in each call, at any size.
+            that are drawn in each call, at any size. With ``"exact"`` a single call of a function
+            of torch that the recursion would cut into several units with a loss (attention,
+            ``torch.cov``), and a function of matrices with the product that only it uses
+            (``pinv(a @ b.mT)``), is one unit by columns too, where all its columns are at most
+            2^22 numbers, at most 2048 columns of one block; larger ones stay as they are.
+            ``hs.report().joined`` lists them.
         curvature_dtype: ``torch.bfloat16`` contracts curvature (matrix products, convolutions) in
             bfloat16, added up in float32: about 0.3% median error, and faster where the hardware
             has such products (avx512_bf16, AMX, GPUs). Gradients and all else stay as they are.
@@ -330,7 +342,8 @@ class Builder:
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
         """Capture, analyse and emit for such arguments."""
-        with torch.inference_mode(False):  # under it autograd gives no formula
+        # Under inference mode autograd gives no formula.
+        with torch.inference_mode(False), collected_rarely():
             return self.build(*pytree.tree_map_only(torch.Tensor, differentiable, (args, kwargs)))
 
     def build(self, args: tuple, kwargs: Mapping[str, Any]) -> Program:
@@ -350,7 +363,9 @@ class Builder:
                 stages.total()
                 return program
             except (*DATA_DEPENDENT, RuntimeError) as error:  # another capture fixes the size
-                if not isinstance(error, DATA_DEPENDENT) and SYMBOLIC not in str(error):
+                if not isinstance(error, DATA_DEPENDENT) and not any(
+                    t in str(error) for t in SYMBOLIC
+                ):
                     raise
                 log.info("not compiled: %s", str(error).splitlines()[0])
                 reason = error
@@ -381,8 +396,40 @@ class Builder:
         return torch.ones(len(self.selected), dtype=wide(first.dtype), device=first.device)
 
     def compile(self, captured: Captured, stages: Stages, method: Method | None = None) -> Program:
-        """Analyse and emit."""
-        method = method or self.method
+        """Analyse and emit; what autograd cannot differentiate as one operator is left apart."""
+        failed: Counter[frozenset[fx.Node]] = Counter()
+        while True:
+            try:
+                return self._compile(captured, stages, method or self.method, failed)
+            except Inseparable as error:
+                log.info("not one operator: %s", error)
+                failed[error.sources] += 1
+
+    def _join(
+        self,
+        captured: Captured,
+        primitives: Primitives,
+        active: set[fx.Node],
+        method: Method,
+        failed: Counter[frozenset[fx.Node]],
+    ) -> list[fx.Node]:
+        """Put together in the primitive graph what is exact as one operator only."""
+        loss, *ends = (primitives.of[n] for n in (captured.loss, *captured.boundary))
+        joiner = Joiner(primitives, active, loss, ends, failed)
+        inside = ancestors(ends) if method.needs_boundary else set()
+        if self.fallback == "exact":
+            join_calls(joiner, inside)
+            join_products(joiner, inside)
+        join_complex(joiner, inside)
+        return joiner.joined
+
+    def _compile(
+        self,
+        captured: Captured,
+        stages: Stages,
+        method: Method,
+        failed: Counter[frozenset[fx.Node]],
+    ) -> Program:
         is_split = isinstance(method, LossSplit)
         outputs = self._outputs(captured)
         if method.needs_boundary and not captured.boundary:
@@ -399,9 +446,15 @@ class Builder:
         leaves = [primitives.of[leaf.node] for leaf in outputs.values()]
         loss = primitives.of[captured.loss]
         active = active_nodes(primitives.graph, loss, leaves)
+        if write_picks(primitives, active, loss, fake_mode):
+            active = active_nodes(primitives.graph, loss, leaves)
+        if sum_in_turn(primitives, active, loss):
+            active = active_nodes(primitives.graph, loss, leaves)
         shifts = find_shifts(primitives.graph, active, loss)
         if shifts:
             active = active_nodes(primitives.graph, loss, leaves, shifts)
+        joined = self._join(captured, primitives, active, method, failed)
+        loss = primitives.of[captured.loss]
         inside = ancestors(primitives.of[n] for n in captured.boundary)
         partition = Partition(
             primitives.graph,
@@ -460,7 +513,7 @@ class Builder:
             signature=signature_of(captured),
             state=State.of(self.model),
             constants=constants,
-            report=report_of(method, outputs, primitives, exact, captured, loss_root),
+            report=report_of(method, outputs, primitives, exact, captured, loss_root, joined),
             captured=captured,
             primitives=primitives,
             units=partition.units,
@@ -509,22 +562,29 @@ def report_of(
     states: Mapping[fx.Node, Exactness],
     captured: Captured,
     loss_root: LossRoot | None,
+    joined: list[fx.Node],
 ) -> Report:
     """What the analysis found, by parameter."""
     entries = {}
     # Columns that are random, or whose sum is, serve even where the recursion is exact.
     noisy = loss_root is not None and loss_root.kind == "full" and "gauss" in method.roles
+    told: dict[fx.Node, Loss] = {}  # the first layers have lost what all later ones have
     for name, leaf in outputs.items():
         state = states.get(primitives.of[leaf.node], Exactness())
         lost = dict.fromkeys(primitives.source[n] for n in state.lost)
-        losses = tuple(Loss(source_name(n), source_line(n)) for n in lost)
+        for node in lost:
+            if node not in told:
+                told[node] = Loss(source_name(node), source_line(node))
+        losses = tuple(told[n] for n in lost)
         exact = method.exactness == "always" or (
             method.exactness == "recursion" and state.exact and not noisy
         )
         entries[name] = Entry(exact, () if exact else losses)
     fixed = tuple(d.describe() for d in captured.fixed)
     split = "" if loss_root is None else loss_root.describe()
-    return Report(entries, method.of, captured.way, fixed, split)
+    found = ((n.target.name, source_line(primitives.source[n])) for n in joined)  # type: ignore[union-attr]
+    units = tuple(f"{name} ({line})" if line else name for name, line in found)
+    return Report(entries, method.of, captured.way, fixed, split, units)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -33,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hesscale_fx.calls import NoteCalls
 from hesscale_fx.decisions import ARRAYS, NUMPY, Decision, Reads, fixing
 from hesscale_fx.errors import Refusal
 
@@ -143,7 +144,7 @@ def trace(
 
     def run(*values: Tensor) -> Any:
         state = dict(zip(names, values[: len(names)], strict=True))
-        with MarkCuts():
+        with NoteCalls(), MarkCuts():
             inputs = [differentiable(v) for v in values[len(names) :]]
             out = torch.func.functional_call(step, state, tuple(inputs))
             for array in arrays:

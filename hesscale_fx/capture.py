@@ -30,11 +30,18 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 
 from hesscale_fx import below_autograd, structures
 from hesscale_fx.boundary import output
 from hesscale_fx.checkpoints import seen_through
 from hesscale_fx.decisions import Decision, Reads, check_asserted
+from hesscale_fx.decomposing import decomposed
 from hesscale_fx.errors import (
     MESSAGE,
     MODEL_ERRORS,
@@ -504,8 +511,7 @@ def export(
             quiet(),
             redirect_stderr(io.StringIO()),
             grad_modes(),
-            captured_whole(exporting=True),
-            Registered(module),
+            replacing_calls(module),
             seen_through(),
             replaying,
         ):
@@ -517,6 +523,26 @@ def export(
         raise CaptureError(explain(error, step or module)) from error
     check_asserted(program.graph, fixed)
     return program
+
+
+@contextmanager
+def replacing_calls(module: nn.Module) -> Iterator[None]:
+    """Have what `module` calls replaced while it runs, and nothing that torch.export does itself.
+
+    A mode is asked for every attribute of a tensor; of a model of many layers export reads as many.
+    """
+    forward, registered = module.forward, Registered(module)
+
+    @functools.wraps(forward)
+    def run(*tensors: torch.Tensor) -> Any:
+        with captured_whole(exporting=True), registered:
+            return forward(*tensors)
+
+    module.forward = run
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def decide(step: Step, tensors: list[torch.Tensor]) -> Reads:
@@ -650,17 +676,16 @@ def from_program(program: Any, step: Step, names: list[str]) -> Captured:
     detach_no_grad(program.graph_module)
     try:
         with quiet(), no_autocast():
-            program = program.run_decompositions(decompositions())
-            write_repeated(program.graph_module.graph)
+            graph, signature = decompose(program)
+            write_repeated(graph)
     except Exception as error:
         refuse_sparse_error(error, step)
         raise CaptureError(explain(error, step)) from error
-    graph = program.graph_module.graph
     refuse_control_flow(graph)
     refuse_sparse(graph)
     ask_for_dense_gradients(graph)
-    signature = program.graph_signature
-    leaves = unify_tied(read_inputs(program, step, names), step, graph)
+    inputs = read_inputs(program, signature, graph, step, names)
+    leaves = unify_tied(inputs, step, graph)
     for leaf in leaves:
         leaf.node.meta["hesscale_name"] = leaf.name.removeprefix("model.").lstrip("_")
     refuse_writes(signature, leaves, graph)
@@ -746,14 +771,16 @@ def detach_no_grad(module: fx.GraphModule) -> None:
                 detach_no_grad(inner)
 
 
-def read_inputs(program: Any, step: Step, names: list[str]) -> list[Leaf]:
+def read_inputs(
+    program: Any, signature: Any, graph: fx.Graph, step: Step, names: list[str]
+) -> list[Leaf]:
     """What each placeholder is."""
-    placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     inputs = iter([n for n, v in zip(names, step.static, strict=True) if v is TENSOR])
     buffers = dict(step.named_buffers(remove_duplicate=False))
     leaves: list[Leaf] = []
     constants = 0
-    for spec in program.graph_signature.input_specs:
+    for spec in signature.input_specs:
         node, kind = placeholders[spec.arg.name], spec.kind.name
         if kind == "USER_INPUT":
             leaves.append(Leaf(node, "input", next(inputs)))
@@ -922,6 +949,25 @@ def decompositions() -> dict[Any, Callable]:
     for op in definitions.REPEATED:
         table.pop(op, None)
     return table
+
+
+def decompose(program: Any) -> tuple[fx.Graph, Any]:
+    """The functional graph at the pinned level, and a program's signature that it has."""
+    table = decompositions()
+    signature = program.graph_signature
+    values = [n.meta.get("val") for n in program.graph.nodes]
+    found = decomposed(program.graph, table, detect_fake_mode(pytree.tree_leaves(values)))
+    kinds = {spec.arg.name: spec for spec in signature.input_specs}
+    if found is None or any(kinds[n.name].kind.name != "BUFFER" for n in found.written):
+        program = program.run_decompositions(table)
+        return program.graph_module.graph, program.graph_signature
+    mutations = [
+        OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(new.name), kinds[old.name].target)
+        for old, new in found.written.items()
+    ]
+    return found.graph, ExportGraphSignature(
+        signature.input_specs, [*mutations, *signature.output_specs]
+    )
 
 
 def write_repeated(graph: fx.Graph) -> None:

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hesscale_fx import structures
 from hesscale_fx.analysis.exactness import State
+from hesscale_fx.analysis.join import sources_of
 from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.samples import Rows, Samples
 from hesscale_fx.analysis.units import Unit
@@ -35,6 +36,7 @@ from hesscale_fx.names import CALIBRATION, Origin, annotate, rename
 from hesscale_fx.recompute import Recomputed
 from hesscale_fx.simplify import Constants, simplify
 from hesscale_fx.structures.base import wide, zero_test
+from hesscale_fx.structures.composite import Composite
 from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
 
 aten = torch.ops.aten
@@ -52,6 +54,14 @@ SPLIT: dict[str, Callable[[list[Any], Tracer], list[Any]]] = {
     "sum": lambda given, tracer: [given[0].sum()],
     "nothing": lambda given, tracer: [torch.zeros_like(given[0])],
 }
+
+
+class Inseparable(Exception):
+    """Autograd cannot differentiate a composite; `sources` are the captured nodes behind it."""
+
+    def __init__(self, name: str, sources: frozenset[fx.Node]) -> None:
+        super().__init__(name)
+        self.sources = sources
 
 
 class Emission:
@@ -224,6 +234,8 @@ class Emission:
         source = self._captured_of.get(node)
         if source is not None:
             return self._values[source]
+        if node in self._primitives.stands_for:
+            return self._value(self._primitives.stands_for[node])
         if node not in self._inner:
             origin = Origin(self._primitives.source[node], "forward")
             if node.target is operator.getitem and node.args[0] in self._primitives.whole:
@@ -284,6 +296,9 @@ class Emission:
                     results += found
                 return results
             except (RuntimeError, NotImplementedError) as error:
+                if isinstance(unit.call.target, Composite):
+                    sources = sources_of(unit.call.target.nodes, self._primitives)
+                    raise Inseparable(unit.call.target.name, sources) from error
                 told = ("derivative", "not implemented", "ata-dependent")
                 reads_data = isinstance(error, DATA_DEPENDENT)
                 if not reads_data and not any(word in str(error) for word in told):

@@ -13,8 +13,8 @@ from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.structures import Call, Evaluation, definitions
 from hesscale_fx.structures.base import Tensors
-from hesscale_fx.structures.chain import ChainAt, is_chain
 from hesscale_fx.structures.closed import Named, closed_form_of
+from hesscale_fx.structures.pushing import PushingAt, is_long
 from hesscale_fx.structures.region import RegionAt
 from hesscale_fx.structures.spelled import SpelledAt
 
@@ -32,7 +32,7 @@ def evaluate(unit: Unit, values: Values, native: Native) -> Evaluation:
             return known
         if unit.region.spelled is not None:
             return SpelledAt(unit.region, values, native.runner(unit, values))
-        rule = ChainAt if is_chain(unit.region) else RegionAt
+        rule = PushingAt if is_long(unit.region) else RegionAt
         run = native.runner(unit, values)
         outputs = unit.region.outputs
 

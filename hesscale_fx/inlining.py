@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from hesscale_fx.calls import NOTED
 from hesscale_fx.structures.definitions import STEPS
 from hesscale_fx.trace import Template, Tracer, inline, kind_of, trace
 
@@ -67,7 +68,7 @@ def _write(
         templates[key] = trace(call, [n.meta["val"] for n in inputs], fake_mode)
 
     def mark(made: fx.Node, role: str) -> None:
-        for name in ("stack_trace", "nn_module_stack"):
+        for name in ("stack_trace", "nn_module_stack", *NOTED):
             if name in node.meta:
                 made.meta[name] = node.meta[name]
 

@@ -47,6 +47,8 @@ class Report(Mapping[str, Entry]):
             each is checked at every call.
         split: of methods with columns, how they come from the loss, and whether it is surely
             convex; else empty.
+        joined: what is several operators but one unit, by the columns of its Jacobian, with the
+            source line.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Report(Mapping[str, Entry]):
         way: str = "",
         fixed: tuple[str, ...] = (),
         split: str = "",
+        joined: tuple[str, ...] = (),
     ) -> None:
         self._entries = entries
         self.of = of
         self.way = way
         self.fixed = fixed
         self.split = split
+        self.joined = joined
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -83,6 +87,8 @@ class Report(Mapping[str, Entry]):
             head += f"; captured by {self.way}"
         if self.split:
             head += f"\nloss: {self.split}"
+        if self.joined:
+            head += "\none unit each, by columns:\n  " + "\n  ".join(self.joined)
         if self.fixed:
             head += "\nfixed, and checked at each call:\n  " + "\n  ".join(self.fixed)
         return head + "\n" + table(("parameter", "diagonal", "off-diagonal part dropped at"), rows)

@@ -144,5 +144,6 @@ def kind_of(node: fx.Node) -> Any:
     value = node.meta["val"]
     if isinstance(value, torch.Tensor):
         layout = (*value.shape, *value.stride())
-        return (value.dtype, value.device, tuple(map(str, layout)))
+        pending = value.is_conj(), value.is_neg()  # what a view leaves to the next kernel to do
+        return (value.dtype, value.device, tuple(map(str, layout)), pending)
     return str(value)

@@ -174,7 +174,7 @@ class _Graph:
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict):
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            ep = torch.export.export(module, args, kwargs, strict=True)
+            ep = torch.export.export(module, args, kwargs, strict=False)
             ep = ep.run_decompositions(_decompositions())
         sig = ep.graph_signature
         tensors = dict(module.named_parameters(remove_duplicate=False))

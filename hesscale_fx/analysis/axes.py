@@ -128,6 +128,25 @@ class Axes:
         kept = [[] if i in over else d for i, d in enumerate(dims)]
         self._dims[node] = kept if keepdim else [d for i, d in enumerate(kept) if i not in over]
 
+    def carry(self, node: fx.Node, by: Sequence[tuple[fx.Node, dict[int, int]]]) -> None:
+        """Some dimensions of `node` repeat those of operands, the others are new.
+
+        `by`: operands, each with dimension of `node` -> dimension of the operand.
+        """
+        dims: Dims = []
+        for position, size in enumerate(node.meta["val"].shape):
+            common: list[int] | None = None
+            for operand, through in by:
+                if position not in through:
+                    continue
+                mine = self._dims[operand][through[position]]
+                if common is None:
+                    common = mine
+                else:
+                    self._unify(common, mine)
+            dims.append(self._new(size) if common is None else common)
+        self._dims[node] = dims
+
     def broadcast(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
         """A pointwise result: operands are aligned from the right and their axes unified."""
         shape = node.meta["val"].shape

@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from hesscale_fx.analysis.picks import index_of
 from hesscale_fx.analysis.units import Partition, Unit, is_part, operands_of
 from hesscale_fx.structures import table
 from hesscale_fx.structures.columns import Estimate
+from hesscale_fx.structures.composite import Composite
 
 aten = torch.ops.aten
 
@@ -391,7 +393,12 @@ def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
     same = {d: d for d in range(y)}
     target = call.target
     unknown = Passage(all_dims(output), {}, all_dims(node))
-    if operands_of(call).count(node) > 1 or table.any_complex((call.args, output)):
+    if isinstance(target, Composite):
+        part = output.args[1] if is_part(output) else 0
+        return _only(target.through[args.index(node), part], y, x)  # type: ignore[index]
+    if table.any_complex((call.args, output)):
+        return _complex(call, output, node) or unknown
+    if operands_of(call).count(node) > 1:
         return unknown
     if target is aten.linear.default and rank(args[1]) == 2:
         return _linear(y, x, args[0] is node, args[1] is node)
@@ -427,6 +434,8 @@ def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
         return _indexed(0, y - 1, y)
     if target is aten.index_select.default and x == y and x:
         return _indexed(int(args[1]) % x, 1, y)
+    if index_of(call) is not None:
+        return Passage(set(), {0: 0}, set(), {1})
     if target is aten.index.Tensor:
         given = [(d, i) for d, i in enumerate(args[1]) if i is not None]
         if len(given) == 1 and given[0][1].meta["val"].dtype in (torch.int64, torch.int32):
@@ -438,6 +447,29 @@ def passage_of(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage:
         largest = "max_pool" in str(target)
         return Passage(spatial, outer, set() if largest else spatial, spatial if largest else set())
     return unknown
+
+
+def _only(through: dict[int, int], y: int, x: int) -> Passage:
+    """What is known to stay in place; all else may meet all else."""
+    spread, mixed = set(range(y)) - set(through), set(range(x)) - set(through.values())
+    return Passage(spread, dict(through), mixed)
+
+
+def _complex(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage | None:
+    """Of an operator on complex tensors, as pairs of real numbers along a last dimension."""
+    y, x = output.meta["val"], node.meta["val"]
+    outer = {d: d for d in range(y.dim())}
+    if call.target in (aten.view_as_real.default, aten.view_as_complex.default):
+        return Passage(set(), {d: d for d in range(rank(node))}, set())
+    moves = call.target in table.COMPLEX_SELECTION
+    elementwise = moves or table.is_pointwise(call.target)
+    if not elementwise or list(map(str, y.shape)) != list(map(str, x.shape)):
+        return None
+    if call.target in table.IDENTITIES and y.is_complex() and x.is_complex():
+        return Passage(set(), {d: d for d in range(rank(node))}, set())
+    # An element of a pair reaches both of another, unless it is only put there or taken out.
+    spread = {y.dim()} if y.is_complex() and not moves else set()
+    return Passage(spread, outer, {x.dim()} if x.is_complex() and not moves else set())
 
 
 def _without(same: dict[int, int], dim: int) -> dict[int, int]:

@@ -30,6 +30,8 @@ class Primitives:
     defined: set[fx.Node] = field(default_factory=set)
     # Nodes that repeat a captured multi-output call as it is.
     whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    # Outputs of composite operators (see join.py) and the nodes that compute them one by one.
+    stands_for: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 def write_out(graph: fx.Graph, fake_mode: Any) -> Primitives:

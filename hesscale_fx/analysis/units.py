@@ -34,7 +34,6 @@ from hesscale_fx.analysis.cancel import find_cancelled
 from hesscale_fx.analysis.recognize import recognize
 from hesscale_fx.analysis.rowfunctions import recognize_row
 from hesscale_fx.structures import Structure, table
-from hesscale_fx.structures.chain import is_chain
 from hesscale_fx.structures.region import Region, Twins, reduction
 
 
@@ -86,6 +85,38 @@ def is_part(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+def is_linear(node: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether an operator is linear in all its active operands jointly."""
+    if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
+        return True
+    operands = [a for a in operands_of(node) if a in active]
+    if node.target in table.REDUCTIONS:
+        return True  # a maximum is linear but for ties
+    if node.target in table.LINEAR_POINTWISE:
+        return True
+    if node.target in table.PRODUCTS:
+        return (
+            len(operands) == 1
+            and node.args[0] is operands[0]
+            or (len(operands) == 1 and "mul" in str(node.target))
+        )
+    structure = structures.structure_of(node.target, node.args, node.kwargs)
+    if structure is None:
+        return False
+    return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
+
+
+def flat_nodes(graph: fx.Graph, loss: fx.Node, active: set[fx.Node]) -> set[fx.Node]:
+    """Nodes whose Hessian is zero: only linear functions lie between them and the loss."""
+    flat = {loss}
+    for node in reversed(graph.nodes):
+        if node in active and node.op == "call_function":
+            users = [u for u in node.users if u in active]
+            if users and all(u in flat and is_linear(u, active) for u in users):
+                flat.add(node)
+    return flat
+
+
 class Partition:
     """Computes the units of one graph; `units` lists producers before consumers."""
 
@@ -105,26 +136,16 @@ class Partition:
         self._loss = loss
         self._users = {n: [u for u in n.users if u in active] for n in graph.nodes if n in active}
         self._nodes = [n for n in graph.nodes if n in active and n.op == "call_function"]
-        self._flat = self._flat_nodes()
+        self._flat = flat_nodes(graph, loss, active)
         self._outer = self._outer_nodes()
         self._inner = {n for n in self._nodes if n not in self._outer and is_region_node(n)}
         self._levels = self._find_levels()
         self._unit_at: dict[tuple[fx.Node, int], Unit] = {}
         self._alone: dict[fx.Node, Unit] = {}
         self._known: dict[tuple, Unit] = {}
-        self._apart: set[fx.Node] = set()
         self.units = self._build()
 
     # --- levels -------------------------------------------------------------------------------
-
-    def _flat_nodes(self) -> set[fx.Node]:
-        """Nodes whose Hessian is zero: only linear functions lie between them and the loss."""
-        flat = {self._loss}
-        for node in reversed(self._nodes):
-            users = self._users[node]
-            if users and all(u in flat and self.is_linear(u) for u in users):
-                flat.add(node)
-        return flat
 
     def _outer_nodes(self) -> set[fx.Node]:
         """Nodes that no region needs: linear ones whose Hessian is zero.
@@ -141,23 +162,7 @@ class Partition:
 
     def is_linear(self, node: fx.Node) -> bool:
         """Whether an operator is linear in all its differentiated operands jointly."""
-        if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
-            return True
-        operands = [a for a in operands_of(node) if a in self._active]
-        if node.target in table.REDUCTIONS:
-            return True  # a maximum is linear but for ties
-        if node.target in table.LINEAR_POINTWISE:
-            return True
-        if node.target in table.PRODUCTS:
-            return (
-                len(operands) == 1
-                and node.args[0] is operands[0]
-                or (len(operands) == 1 and "mul" in str(node.target))
-            )
-        structure = structures.structure_of(node.target, node.args, node.kwargs)
-        if structure is None:
-            return False
-        return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
+        return is_linear(node, self._active)
 
     def _in_region(self, node: fx.Node) -> bool:
         return node in self._inner
@@ -196,15 +201,16 @@ class Partition:
             if self._in_region(node):
                 for level in self._levels[node]:
                     at[level].append(node)
-        split: dict[frozenset[fx.Node], list[list[list[fx.Node]]]] = {}
-        for level, nodes in at.items():
-            for component in self._components(nodes):
-                for branch in self._branches(component, level):
-                    key = frozenset(branch.nodes)
-                    if key not in split:
-                        split[key] = self._split(branch.nodes)
-                    for stages in split[key]:
-                        self._add_region(stages, level, branch)
+        branches = [
+            (branch, level)
+            for level, nodes in at.items()
+            for component in self._components(nodes)
+            for branch in self._branches(component, level)
+        ]
+        split = self._split([branch.nodes for branch, _ in branches])
+        for branch, level in branches:
+            for members in split[frozenset(branch.nodes)]:
+                self._add_region(members, level, branch)
         for node, unit in self._alone.items():
             if node is unit.call:
                 level = self._use_level(node)
@@ -280,9 +286,8 @@ class Partition:
                 reduced.add(node)
         return {n for n in component if n not in reduced and len(first[n]) > 1}
 
-    def _add_region(self, stages: list[list[fx.Node]], level: int, branch: Branch) -> None:
-        members = {n for stage in stages for n in stage}
-        group = sorted(members, key=self._order.__getitem__)
+    def _add_region(self, group: list[fx.Node], level: int, branch: Branch) -> None:
+        members = set(group)
         inputs = [
             (a, self._producer(a, level))
             for a in dict.fromkeys(a for n in group for a in operands_of(n))
@@ -290,13 +295,13 @@ class Partition:
         ]
         region = None
         if len({source_of(a)[0] for a, _ in inputs}) < len(inputs):
-            region = self._region_of_stages(group, stages)
+            region = self._region_with_twins(group)
             added = [a for a in region.inputs if all(a is not b for b, _ in inputs)]
             inputs += [(a, self._producer(a, level)) for a in added]
         key = (tuple(group), tuple((a, id(p)) for a, p in inputs))
         unit = self._known.get(key)
         if unit is None:
-            region = region or self._region_of_stages(group, stages)
+            region = region or self._region_with_twins(group)
             unit = self._known[key] = Unit(group, inputs, [], region)
             region.outputs = unit.outputs  # one list: what other units use
         if level not in unit.levels:
@@ -310,13 +315,12 @@ class Partition:
             if used and node not in unit.outputs:
                 unit.outputs.append(node)
 
-    def _region_of_stages(self, nodes: list[fx.Node], stages: list[list[fx.Node]]) -> Region:
+    def _region_with_twins(self, nodes: list[fx.Node]) -> Region:
         """The region of a unit, with what of its inputs is the same tensor."""
         region = self._region(nodes)
         assert region is not None  # or it had not become a unit
-        region.stages = stages
-        if region.name == "selection" or is_chain(region):
-            return region  # no products of two entries; no rule
+        if region.name == "selection":
+            return region  # no products of two entries
         for first, second in itertools.combinations(list(region.inputs), 2):
             twins = twins_of(region, first, second)
             if twins is None or twins.source not in self._active:
@@ -347,8 +351,27 @@ class Partition:
 
     # --- splitting a region -------------------------------------------------------------------
 
-    def _split(self, component: list[fx.Node]) -> list[list[list[fx.Node]]]:
-        """The units of a component, each as its stages."""
+    def _split(self, components: list[list[fx.Node]]) -> dict[frozenset, list[list[fx.Node]]]:
+        """The units of each component; one may be there at several levels."""
+        finest: dict[frozenset, Groups] = {}
+        for component in components:
+            if frozenset(component) not in finest:
+                finest[frozenset(component)] = self._finest(component)
+        coupled: dict[frozenset, list[list[fx.Node]]] = {}
+        for key, groups in finest.items():
+            larger = groups.copy()
+            self._join_reconverging(larger, self._active)
+            self._join_coupled(larger)
+            coupled[key] = [s for s in larger.sets() if s != groups.set_of(s[0])]
+        apart = too_often([s for c in components for s in coupled[frozenset(c)]])
+        for key, groups in finest.items():
+            for members in coupled[key]:
+                if apart.isdisjoint(members):
+                    groups.join(members)
+        return {key: groups.sets(topological=True) for key, groups in finest.items()}
+
+    def _finest(self, component: list[fx.Node]) -> Groups:
+        """The smallest units that no two paths from one tensor, but for leaves, leave apart."""
         groups = Groups(component)
         by_source: dict[fx.Node, list[fx.Node]] = {}
         for node in component:
@@ -356,16 +379,14 @@ class Partition:
         for members in by_source.values():
             if len(members) > 1:
                 self._try(groups, members)
-        if len(component) > 1:
-            for members in Reconvergence(component, self._active).groups():
+        self._join_reconverging(groups, {n for n in self._active if n.op == "call_function"})
+        return groups
+
+    def _join_reconverging(self, groups: Groups, tensors: set[fx.Node]) -> None:
+        """Join units that hold two paths from one of `tensors` to one place."""
+        if len(groups.elements) > 1:
+            for members in Reconvergence(groups.elements, tensors).groups():
                 self._try(groups, members)
-        finest = groups.copy()
-        if len(component) > 1:
-            self._join_coupled(component, groups)
-        stages: dict[int, list[list[fx.Node]]] = {}
-        for stage in finest.sets(topological=True):
-            stages.setdefault(id(groups.set_of(stage[0])), []).append(stage)
-        return [stages[id(group)] for group in groups.sets(topological=True)]
 
     def _try(self, groups: Groups, members: Iterable[fx.Node]) -> bool:
         """Make one unit of the groups of `members` if there is a rule for it."""
@@ -405,36 +426,13 @@ class Partition:
                 return members
             members = grown
 
-    def _join_coupled(self, component: list[fx.Node], groups: Groups) -> None:
-        """Join units that spread elements along an axis to those that couple it later.
-
-        What has too many reductions (the norms of a deep post-norm transformer) is left apart, at
-        this level and at all others.
-        """
-        joined = groups.copy()
-        self._find_coupled(component, joined)
-        for members in joined.sets():
-            if members == groups.set_of(members[0]):
-                continue
-            stages = [s for s in groups.sets(topological=True) if s[0] in members]
-            if not self._affordable(members, stages):
-                self._apart.update(members)
-            elif not self._apart.intersection(members):
-                groups.join(members)
-
-    def _affordable(self, members: list[fx.Node], stages: list[list[fx.Node]]) -> bool:
-        region = self._region(members)
-        assert region is not None  # or they had not been joined
-        region.stages = stages
-        count = sum(n.target in table.REDUCTIONS for n in members)
-        return count <= (MAX_IN_CHAIN if is_chain(region) else MAX_REDUCTIONS)
-
-    def _find_coupled(self, component: list[fx.Node], groups: Groups) -> None:
-        if not any(n.target in table.REDUCTIONS for n in component):
+    def _join_coupled(self, groups: Groups) -> None:
+        """Join units that spread elements along an axis to those that couple it later."""
+        if not any(n.target in table.REDUCTIONS for n in groups.elements):
             return  # nothing couples along an axis
-        axes = axes_of(component)
-        if any(len(set(axes.atoms(n))) < len(axes.atoms(n)) for n in component):
-            axes = axes_of(component, apart=set(self._first_views(component)))
+        axes = axes_of(groups.elements)
+        if any(len(set(axes.atoms(n))) < len(axes.atoms(n)) for n in groups.elements):
+            axes = axes_of(groups.elements, apart=set(self._first_views(groups.elements)))
         failed: set[tuple[fx.Node, fx.Node]] = set()
         changed = True
         while changed:
@@ -644,10 +642,25 @@ class Branch:
         return self.last or node not in self.shared or user in self.nodes
 
 
-# The cost of a region's rule grows with the square of its number of reductions; if it can be
-# evaluated stage by stage only that of single tensors does, not that of the graph.
-MAX_REDUCTIONS = 8
-MAX_IN_CHAIN = 16
+# A region may have any number of reductions. But along the residual stream of a deep post-norm
+# transformer each level has a region of its own with all norms from there on. This is how many
+# reductions there may be besides those of the largest of such regions.
+MAX_REPEATED = 64
+
+
+def too_often(regions: list[list[fx.Node]]) -> set[fx.Node]:
+    """The nodes of regions that would be computed at too many levels."""
+    shared: nx.Graph = nx.Graph((i, n) for i, members in enumerate(regions) for n in members)
+    found: set[fx.Node] = set()
+    for linked in nx.connected_components(shared):
+        counts = [
+            sum(n.target in table.REDUCTIONS for n in regions[i])
+            for i in linked
+            if isinstance(i, int)
+        ]
+        if sum(counts) - max(counts) > MAX_REPEATED:
+            found |= {n for n in linked if isinstance(n, fx.Node)}
+    return found
 
 
 class Groups:

@@ -98,8 +98,9 @@ def laplace_backend(method: str = "hesscale_gn") -> type:
         def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
             """The negative log-likelihood of a batch and the diagonal of its Hessian, flat."""
             if self.last_layer:  # its input is all that the rest of the model is needed for
+                features: Any = self.model
                 with torch.no_grad():
-                    _, x = self.model.forward_with_features(x)
+                    _, x = features.forward_with_features(x)
             loss, _, hess_diag = self._transformed(x, y)
             flat = torch.cat([hess_diag[name].flatten() for name in self.params_dict])
             if self.subnetwork_indices is not None:

@@ -10,6 +10,7 @@ the imaginary part, which for the gradient is autograd's own convention.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class Columns:
         implementation: the same in plain torch, where autograd cannot differentiate it twice.
         accepts: whether this holds for a call with such arguments.
         name: what reports call it.
+        blocks: where they are known one by one, how many leading dimensions of each differentiated
+            operand number the blocks; then `core` says nothing.
     """
 
     core: int | None = None
@@ -46,20 +49,41 @@ class Columns:
     implementation: Callable | None = None
     accepts: Callable[[tuple, dict], bool] | None = None
     name: str = "columns"
+    blocks: tuple[int, ...] | None = None
 
     def at(self, call: Call) -> ColumnsAt:
         if self.implementation is not None:
             call = Call(self.implementation, call.leaves, call.spec, call.active)
-        return ColumnsAt(call, self.core, self.linear)
+        return ColumnsAt(call, self)
 
     def count(self, operands: list[Tensor], outputs: list[Tensor]) -> int:
         """Columns of the largest block, for either question."""
         counts = [1]
-        for x in operands:
+        for i, x in enumerate(operands):
             for y in outputs:
-                rank = batch_rank(x, y, self.core)
+                rank = self.rank(i, x, y)
                 counts += [entries(y, rank), 0 if self.linear else entries(x, rank)]
         return max(counts)
+
+    def numbers(self, operands: list[Tensor], outputs: list[Tensor]) -> int:
+        """Numbers that all columns have together."""
+        total = 0
+        for i, x in enumerate(operands):
+            ranks = [self.rank(i, x, y) for y in outputs]
+            columns = [entries(y, rank) for y, rank in zip(outputs, ranks, strict=True)]
+            columns += [] if self.linear else [entries(x, min(ranks))]
+            total += sum(columns) * max(entries(v, 0) for v in (x, *outputs))
+        return total
+
+    def rank(self, i: int, x: Tensor, y: Tensor) -> int:
+        """How many leading dimensions number the blocks of both the i-th operand and an output."""
+        if self.blocks is not None:
+            return self.blocks[i]
+        rank = 0 if self.core is None else max(x.dim() - self.core, 0)
+        same = rank <= y.dim() and all(
+            str(a) == str(b) for a, b in zip(x.shape[:rank], y.shape[:rank], strict=False)
+        )
+        return rank if same else 0
 
 
 @dataclass(frozen=True)
@@ -89,15 +113,6 @@ def hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
-def batch_rank(x: Tensor, y: Tensor, core: int | None) -> int:
-    """How many leading dimensions number the blocks of both."""
-    rank = 0 if core is None else max(x.dim() - core, 0)
-    same = rank <= y.dim() and all(
-        str(a) == str(b) for a, b in zip(x.shape[:rank], y.shape[:rank], strict=False)
-    )
-    return rank if same else 0
-
-
 def pairs(x: Tensor, by: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> Tensor:
     """`by` of the real and of the imaginary parts; other is real where x is."""
     if not x.is_complex():
@@ -112,8 +127,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 @dataclass
 class ColumnsAt:
     call: Call
-    core: int | None
-    linear: bool
+    rule: Columns
 
     def vjp(self, u: Tensors) -> list[Tensor | None]:
         return self.call.vjp(u)
@@ -125,11 +139,11 @@ class ColumnsAt:
             if weight is None or not y.requires_grad:
                 continue
             for i, x in enumerate(inputs):
-                results[i] = add(results[i], self._squared(x, y, weight.to(y.dtype)))
+                results[i] = add(results[i], self._squared(i, x, y, weight.to(y.dtype)))
         return self._finish(results)
 
-    def _squared(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor | None:
-        batch = batch_rank(x, y, self.core)
+    def _squared(self, i: int, x: Tensor, y: Tensor, weight: Tensor) -> Tensor | None:
+        batch = self.rule.rank(i, x, y)
         total: Tensor | None = None
         for basis, part in self._basis(y, batch, x):
             columns = batched_grad(y, x, basis)
@@ -144,7 +158,7 @@ class ColumnsAt:
         return total
 
     def curvature(self, g: Tensors) -> list[Tensor | None]:
-        if self.linear:
+        if self.rule.linear:
             return [None] * len(self.call.active)
         inputs, outputs = self._record()
         used = [
@@ -157,13 +171,13 @@ class ColumnsAt:
         ys, us = zip(*used, strict=True)
         with torch.enable_grad():
             slopes = torch.autograd.grad(ys, inputs, us, create_graph=True, allow_unused=True)
-        return self._finish([self._diagonal(q, x, ys) for q, x in zip(slopes, inputs, strict=True)])
+        ranks = [min(self.rule.rank(i, x, y) for y in ys) for i, x in enumerate(inputs)]
+        return self._finish(list(map(self._diagonal, slopes, inputs, ranks)))
 
-    def _diagonal(self, q: Tensor | None, x: Tensor, outputs: tuple[Tensor, ...]) -> Tensor | None:
+    def _diagonal(self, q: Tensor | None, x: Tensor, batch: int) -> Tensor | None:
         """Of the Jacobian of the gradient q."""
         if q is None or not q.requires_grad or or_none(q) is None:
             return None
-        batch = min(batch_rank(x, y, self.core) for y in outputs)
         total: Tensor | None = None
         for basis, part in self._basis(x, batch, x):
             rows = batched_grad(q, x, basis)
@@ -185,7 +199,7 @@ class ColumnsAt:
             key = id(self.call.leaves[i])
             if key not in shared:
                 x = leaves[i].detach()
-                if self.core == 0:  # pointwise: what is broadcast is summed at the end
+                if self.rule.core == 0:  # pointwise: what is broadcast is summed at the end
                     tensors = [v.shape for v in leaves if isinstance(v, Tensor)]
                     x = x.expand(torch.broadcast_shapes(*tensors))
                 shared[key] = x.requires_grad_()
@@ -202,7 +216,9 @@ class ColumnsAt:
         for x in self.call.operands():
             value = None if id(x) in seen else next(found)
             seen.add(id(x))
-            final.append(value if value is None or self.core != 0 else value.sum_to_size(x.shape))
+            final.append(
+                value if value is None or self.rule.core != 0 else value.sum_to_size(x.shape)
+            )
         return final
 
     def _basis(
@@ -247,7 +263,9 @@ def batched_grad(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor | None:
         return found
 
     (reached,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True, allow_unused=True)
-    return None if reached is None else torch.func.vmap(grad)(vectors)
+    with warnings.catch_warnings():  # of operators that have no batched form
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return None if reached is None else torch.func.vmap(grad)(vectors)
 
 
 @dataclass

@@ -67,9 +67,6 @@ class Region:
     sizes: dict[int, int]  # of the axes whose size is a constant
     # Reductions that cancel: no output changes with them (the maximum in a softmax).
     cancelled: set[fx.Node] = field(default_factory=set)
-    # Its finest parts in topological order, such that no two paths from one tensor meet again
-    # across parts.
-    stages: list[list[fx.Node]] = field(default_factory=list)
     # Of their source, which is an input too, no node reads it but through them.
     twins: list[Twins] = field(default_factory=list)
     # The operator, with options, that it is a spelling of.

@@ -293,6 +293,8 @@ def is_region(op: Any) -> bool:
 
 def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | None:
     """The structure of a call of an operator that is a unit of its own, or None."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return getattr(op, "structure", None)
     # A view that regions cannot see through, its sizes having no common factors.
     structure = Selection() if op in VIEWS else TABLE.get(op)
     if structure is None and op in COMPLEX_SELECTION:

@@ -1,4 +1,4 @@
-"""A region evaluated stage by stage gives what the direct rule gives."""
+"""A region of many reductions, by edge pushing, gives what the direct rule gives."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from torch import nn
 
 import hesscale_fx
 from hesscale_fx import evaluate
-from hesscale_fx.analysis import units
-from hesscale_fx.structures.chain import ChainAt
+from hesscale_fx.structures import table
+from hesscale_fx.structures.pushing import PushingAt
 
 
 class Net(nn.Module):
@@ -57,52 +57,86 @@ def positions(net, x):
     return net.norms[1](2 * x + x.sin()).mean(1)
 
 
+def ends(net, x):
+    """The first tensor is used at both ends."""
+    return F.softmax(net.norms[1](net.norms[0](x).sin()) * x.sigmoid(), -1)
+
+
 FUNCTIONS = [
     offset,
     *(
         pytest.param(function, marks=pytest.mark.slow)
-        for function in (post_norm, mixed, row_of_statistics, positions)
+        for function in (post_norm, mixed, row_of_statistics, positions, ends)
     ),
 ]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_chain_equals_the_direct_rule(function, monkeypatch):
+def test_pushing_equals_the_direct_rule(function, monkeypatch):
     net, x = Net(function).double(), torch.randn(3, 4).double()
     used = []
-    through = ChainAt._through
+    recursion = PushingAt.recursion
     monkeypatch.setattr(
-        ChainAt, "_through", lambda rule, rows: used.append(rule) or through(rule, rows)
+        PushingAt, "recursion", lambda rule, s, g: used.append(rule) or recursion(rule, s, g)
     )
     got = hesscale_fx.transform(net, None, (x,))(x).hess_diag
-    assert used, "no region was evaluated stage by stage"
-    monkeypatch.setattr(evaluate, "is_chain", lambda region: False)
+    assert used, "no region was evaluated node by node"
+    monkeypatch.setattr(evaluate, "is_long", lambda region: False)
     used.clear()
     expected = hesscale_fx.transform(net, None, (x,))(x).hess_diag
     assert not used
     assert_close(got, expected, 1e-12, "diagonals")
 
 
-@pytest.mark.slow
-def test_a_deep_chain_is_exact_as_one_region():
-    """Fourteen reductions along one row, more than the direct rule is asked for."""
+def norms(net, x):
+    for norm in [*net.norms] * 3:
+        x = norm(x + x.sin())
+    return x
 
-    def chain(net, x):
-        for norm in net.norms:
-            x = norm(x + x.sin())
-        x = F.rms_norm(F.rms_norm(x, (6,)).exp(), (6,))
-        for _ in range(4):
-            x = F.softmax(3 * x, -1)
-        return x
 
-    assert units.MAX_REDUCTIONS < 14 <= units.MAX_IN_CHAIN
-    net, x = Net(chain).double(), torch.randn(1, 4).double()
+def threshold(net, x):
+    """A normalizer found by iteration, each step of which sums along the row."""
+    offset = x.mean(-1, keepdim=True)
+    for _ in range(20):
+        offset = offset + 0.3 * (F.softplus(x - offset).sum(-1, keepdim=True) - 1)
+    return F.softplus(x - offset)
+
+
+def apart(net, x):
+    """No tensor but the first and the last is on every path: no part can be cut off."""
+    y = x
+    for norm in [*net.norms] * 3:
+        y = norm(y).sin() * x.sigmoid()
+    return y
+
+
+@pytest.mark.parametrize(
+    "function", [threshold, *(pytest.param(f, marks=pytest.mark.slow) for f in (norms, apart))]
+)
+def test_a_region_of_any_number_of_reductions_is_exact(function):
+    net, x = Net(function).double(), torch.randn(1, 4).double()
     # With one row and a diagonal Hessian after it the recursion is exact up to the first bias.
     net.last.weight.data = torch.eye(3, 6).double()
     hs = hesscale_fx.transform(net, None, (x,), wrt="first.bias")
+    sums = [n for n in hs.graph.nodes if n.target in table.REDUCTIONS]
+    assert len(sums) > 18
 
     def loss(bias):
         return torch.func.functional_call(net, {"first.bias": bias}, x)
 
     exact = torch.autograd.functional.hessian(loss, net.first.bias.detach()).diagonal()
     assert_close(hs(x).hess_diag, {"first.bias": exact}, 1e-10, "diagonals")
+
+
+def test_what_many_levels_would_repeat_is_cut():
+    """Each level of a deep post-norm network would have a region of all norms after it."""
+
+    def deep(net, x):
+        for norm in [*net.norms] * 3:
+            x = norm(x + net.inner(x).tanh())
+        return x
+
+    net, x = Net(deep).double(), torch.randn(3, 4).double()
+    hs = hesscale_fx.transform(net, None, (x,))
+    assert len(hs.graph.nodes) < 1500
+    assert not hs.report()["inner.weight"].exact
