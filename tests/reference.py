@@ -436,7 +436,7 @@ _CONTRACTIONS = {
 _SELECTING = {
     "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "flip", "roll", "narrow",
     "cat", "stack", "index", "gather", "index_select", "constant_pad_nd", "pad", "repeat",
-    "repeat_interleave", "diagonal",
+    "diagonal",
 }  # fmt: skip
 # A unit of its own: linear, or linear between kinks, and mixing neighbours; CTC, and what has a
 # dense Jacobian of its own (linear algebra, products along an axis).
@@ -659,7 +659,7 @@ class _Axes:
             one, other = self.resolve(one[1:]), self.resolve(other[1:])
 
 
-def _row_keys(graph: _Graph, part) -> tuple[dict, set]:
+def _row_keys(graph: _Graph, part) -> tuple[dict, set, dict]:
     """For every node that reduces, the axes of the component along which it does.
 
     Axes are followed by dataflow, never by size or by position alone: pointwise
@@ -667,7 +667,7 @@ def _row_keys(graph: _Graph, part) -> tuple[dict, set]:
     other views are followed by running them on the indices of their input, a reduction
     removes what it sums over, and ``stack`` adds an axis. What would have one axis twice
     (the next step of a Markov chain, the differences of all pairs) has no row here: these
-    nodes, and those behind them, come second.
+    nodes, and those behind them, come second. Third, for every dimension its axes.
     """
     known = _Axes()
     beyond: set = set()
@@ -792,7 +792,8 @@ def _row_keys(graph: _Graph, part) -> tuple[dict, set]:
     found = {
         n: frozenset(a for a in known.resolve(k) if known.size[a] > 1) for n, k in keys.items()
     }
-    return {n: key for n, key in found.items() if key}, beyond
+    atoms = {n: [frozenset(known.resolve(d)) for d in dims] for n, dims in axes.items()}
+    return {n: key for n, key in found.items() if key}, beyond, atoms
 
 
 # --------------------------------------------------------------------------- one unit
@@ -896,6 +897,13 @@ def _recursion(graph: _Graph, seeds: dict, leaves: set, *, second=True, units="r
             return True
         return name in _CONTRACTIONS or name in _MIXING or name in _SELECTING
 
+    if units == "region":
+        made: dict = {}
+        for part in _components([n for n in nodes if not is_cut(n)]):
+            made.update(_sum_in_turn(graph, part))
+        active.update(made.values())
+        nodes = [m for n in nodes for m in ((made[n], n) if n in made else (n,))]
+
     owner = {}  # of every node that a cut unit covers: the cut and its getitems
     for n in nodes:
         if n.target is operator.getitem and n.args[0] in owner:
@@ -985,6 +993,30 @@ def _components(nodes):
     return list(groups.values())
 
 
+def _sum_in_turn(graph, part):
+    """Let what sums over more than a row sum over that row first, if it follows it.
+
+    ``x.softmax(1).sum()`` is ``x.softmax(1).sum(1).sum()``, of which the inner one is of the row.
+    """
+    row_keys, _, atoms = _row_keys(graph, part)
+    below: dict = {}  # the rows that a node depends on
+    made = {}
+    for n in part:
+        before = set().union(*(below.get(a, ()) for a in n.all_input_nodes))
+        key = row_keys.get(n, frozenset())
+        below[n] = before | ({key} if key else set())
+        inner = max((row for row in before if row < key), key=len, default=None)
+        if inner and _op_name(n) in ("sum", "mean"):
+            x = n.args[0]
+            dims = [d for d, own in enumerate(atoms[x]) if own & inner]
+            sums = aten.sum.dim_IntList if _op_name(n) == "sum" else aten.mean.dim
+            with n.graph.inserting_before(n):
+                made[n] = n.graph.call_function(sums, (x, dims, True))
+            graph.env[made[n]] = sums(graph.env[x], dims, True)
+            n.replace_input_with(x, made[n])
+    return made
+
+
 def _stages(graph, part, active):
     """Split a component where it reduces along other dimensions; last stage first."""
     users = defaultdict(list)
@@ -1028,7 +1060,7 @@ def _widest(graph, units, users):
 
 def _one_stage(graph, rest):
     """The nodes up to where another reduction, or an axis for the second time, follows."""
-    row_keys, beyond = _row_keys(graph, rest)
+    row_keys, beyond, _ = _row_keys(graph, rest)
     pending, key = set(rest), {}
     for n in rest:
         before = [a for a in n.all_input_nodes if a in pending]
