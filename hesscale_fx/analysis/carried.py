@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from hesscale_fx.analysis.axes import Axes, AxesError
 from hesscale_fx.analysis.exactness import passage_of
-from hesscale_fx.analysis.units import assign, is_part, operands_of, reduced_axes
+from hesscale_fx.analysis.kinds import is_part, operands_of
+from hesscale_fx.analysis.regions import assign, reduced_axes
 from hesscale_fx.structures import table
 
 

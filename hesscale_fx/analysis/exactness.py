@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from hesscale_fx.analysis.kinds import is_part, operands_of
 from hesscale_fx.analysis.picks import index_of
-from hesscale_fx.analysis.units import Partition, Unit, is_part, operands_of
+from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.structures import table
 from hesscale_fx.structures.columns import Estimate
 from hesscale_fx.structures.composite import Composite

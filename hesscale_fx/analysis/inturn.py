@@ -12,16 +12,10 @@ import torch
 from torch import fx
 
 from hesscale_fx.analysis.axes import Axes
+from hesscale_fx.analysis.groups import Groups
+from hesscale_fx.analysis.kinds import flat_nodes, is_linear, is_region_node, operands_of
 from hesscale_fx.analysis.primitives import Primitives
-from hesscale_fx.analysis.units import (
-    Groups,
-    assign,
-    flat_nodes,
-    is_linear,
-    is_region_node,
-    operands_of,
-    reduced_axes,
-)
+from hesscale_fx.analysis.regions import assign, reduced_axes
 
 aten = torch.ops.aten
 # The reductions that may be taken along some dimensions first, and what takes them.

@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from hesscale_fx.analysis.activity import active_nodes
 from hesscale_fx.analysis.carried import carried
 from hesscale_fx.analysis.exactness import exactness
+from hesscale_fx.analysis.kinds import flat_nodes, is_part, operands_of
 from hesscale_fx.analysis.primitives import Primitives
-from hesscale_fx.analysis.units import Partition, flat_nodes, is_part, operands_of
+from hesscale_fx.analysis.units import Partition
 from hesscale_fx.structures import definitions
 from hesscale_fx.structures.columns import CHUNK, SMALL, Columns
 from hesscale_fx.structures.composite import Composite, Step

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from hesscale_fx.analysis.exactness import rank
+from hesscale_fx.analysis.groups import Groups
 from hesscale_fx.analysis.join import Joiner
-from hesscale_fx.analysis.units import Groups, is_part, is_region_node, operands_of
+from hesscale_fx.analysis.kinds import is_part, is_region_node, operands_of
 from hesscale_fx.calls import call_of
 from hesscale_fx.structures import Structure, table
 from hesscale_fx.structures.composite import Composite

@@ -13,13 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hesscale_fx.analysis.kinds import flat_nodes, is_linear, is_region_node, operands_of
 from hesscale_fx.analysis.primitives import Primitives
-from hesscale_fx.analysis.units import (
-    flat_nodes,
-    is_linear,
-    is_region_node,
-    operands_of,
-)
 from hesscale_fx.trace import Tracer, inline, trace
 
 aten = torch.ops.aten

@@ -23,7 +23,8 @@ from hesscale_fx.analysis.exactness import (
     is_reduced,
     passage_of,
 )
-from hesscale_fx.analysis.units import Partition, Unit, is_part
+from hesscale_fx.analysis.kinds import is_part
+from hesscale_fx.analysis.units import Partition, Unit
 
 
 @dataclass(frozen=True)

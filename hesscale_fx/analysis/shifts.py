@@ -12,7 +12,8 @@ import dataclasses
 from torch import fx
 
 from hesscale_fx.analysis.cancel import ANALYTIC, PEAKS, cancels
-from hesscale_fx.analysis.units import operands_of, region_of
+from hesscale_fx.analysis.kinds import operands_of
+from hesscale_fx.analysis.regions import region_of
 from hesscale_fx.structures import table
 from hesscale_fx.structures.region import Region
 

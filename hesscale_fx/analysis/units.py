@@ -19,22 +19,22 @@ So a region is split into the finest units that cut neither.
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx
 
 from hesscale_fx import structures
-from hesscale_fx.analysis.axes import Axes, AxesError
+from hesscale_fx.analysis.axes import Axes
 from hesscale_fx.analysis.cancel import find_cancelled
+from hesscale_fx.analysis.groups import Groups, Reconvergence
+from hesscale_fx.analysis.kinds import flat_nodes, is_linear, is_part, is_region_node, operands_of
 from hesscale_fx.analysis.recognize import recognize
+from hesscale_fx.analysis.regions import axes_of, reduced_axes, region_of, source_of, twins_of
 from hesscale_fx.analysis.rowfunctions import recognize_row
 from hesscale_fx.structures import Structure, table
-from hesscale_fx.structures.region import Region, Twins, reduction
+from hesscale_fx.structures.region import Region
 
 
 @dataclass(eq=False)
@@ -67,54 +67,6 @@ class Unit:
         if self.region is not None:
             return self.region.name
         return self.rule.name if self.rule is not None else "unknown"
-
-
-def is_region_node(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return (
-        node.op == "call_function"
-        and isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and table.is_region(node.target)
-        and not table.any_complex((node.args, node.kwargs))
-    )
-
-
-def is_part(node: fx.Node) -> bool:
-    """An output of a multi-output operator; it belongs to the operator's unit."""
-    return node.target is operator.getitem
-
-
-def is_linear(node: fx.Node, active: set[fx.Node]) -> bool:
-    """Whether an operator is linear in all its active operands jointly."""
-    if is_part(node) or node.target in table.VIEWS or node.target in table.IDENTITIES:
-        return True
-    operands = [a for a in operands_of(node) if a in active]
-    if node.target in table.REDUCTIONS:
-        return True  # a maximum is linear but for ties
-    if node.target in table.LINEAR_POINTWISE:
-        return True
-    if node.target in table.PRODUCTS:
-        return (
-            len(operands) == 1
-            and node.args[0] is operands[0]
-            or (len(operands) == 1 and "mul" in str(node.target))
-        )
-    structure = structures.structure_of(node.target, node.args, node.kwargs)
-    if structure is None:
-        return False
-    return structure.linear or (getattr(structure, "in_each", False) and len(operands) == 1)
-
-
-def flat_nodes(graph: fx.Graph, loss: fx.Node, active: set[fx.Node]) -> set[fx.Node]:
-    """Nodes whose Hessian is zero: only linear functions lie between them and the loss."""
-    flat = {loss}
-    for node in reversed(graph.nodes):
-        if node in active and node.op == "call_function":
-            users = [u for u in node.users if u in active]
-            if users and all(u in flat and is_linear(u, active) for u in users):
-                flat.add(node)
-    return flat
 
 
 class Partition:
@@ -478,154 +430,6 @@ class Partition:
         return region_of(nodes, self._active)
 
 
-def region_of(nodes: list[fx.Node], active: set[fx.Node]) -> Region | None:
-    """The region of `nodes`, or None if its axes have no common factors or no common row."""
-    axes = Axes()
-    members = set(nodes)
-    try:
-        for node in nodes:
-            assign(node, axes)
-    except AxesError:
-        return None
-    dims = {n: axes.dims(n) for n in axes.nodes()}
-    if any(len(set(d)) < len(d) for d in (sum(v, []) for v in dims.values())):
-        return None  # one axis twice in a tensor, e.g. x + x.T
-    rows = {
-        frozenset(a for d in reduction(n)[0] for a in dims[n.args[0]][d])  # type: ignore[index]
-        for n in nodes
-        if n.target in table.REDUCTIONS
-    } - {frozenset()}
-    if len(rows) > 1:
-        return None
-    inputs = [
-        a
-        for a in dict.fromkeys(a for n in nodes for a in operands_of(n))
-        if a in active and a not in members
-    ]
-    widest = max(dims.values(), key=lambda v: len(sum(v, [])))
-    order = list(dict.fromkeys([*sum(widest, []), *(a for v in dims.values() for a in sum(v, []))]))
-    outputs = [n for n in nodes if not any(u in members for u in n.users)]
-    sizes = {a: int(axes.size(a)) for a in order if axes.size(a).is_Integer}
-    return Region(nodes, inputs, outputs, dims, order, set(next(iter(rows), ())), sizes)
-
-
-def twins_of(region: Region, first: fx.Node, second: fx.Node) -> Twins | None:
-    """How two inputs of a region read the same tensor, if they do it along different axes."""
-    (root, chain), (other, second_chain) = source_of(first), source_of(second)
-    if root is not other:
-        return None
-    steps = zip(chain, second_chain, strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda step: step[0] is step[1], steps))
-    source = chain[common - 1] if common else root
-    chain, second_chain = chain[common:], second_chain[common:]
-    axes = Axes()
-    axes.fresh(source)
-    try:
-        for node in [*chain, *second_chain]:
-            assign(node, axes)
-    except AxesError:
-        return None
-    pairs: list[tuple[int, int]] = []
-    dims: list[list[int]] = []
-    for dim in axes.dims(source):
-        dims.append([])
-        for atom in dim:
-            a, b = (places(n, atom, axes, region) for n in (first, second))
-            if a is None or b is None or len(a) != len(b):
-                return None
-            pairs += zip(a, b, strict=True)
-            dims[-1] += a
-    one, two = ({p[i] for p in pairs} for i in (0, 1))
-    apart = all(a == b or (a not in two and b not in one) for a, b in pairs)
-    return Twins(source, first, second, dims, pairs) if apart and one != two else None
-
-
-def source_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The tensor that a node is a view of, and the views from there on."""
-    chain: list[fx.Node] = []
-    while node.op == "call_function" and node.target in table.VIEWS:
-        chain.insert(0, node)
-        node = node.args[0]  # type: ignore[assignment]
-    return node, chain
-
-
-def places(node: fx.Node, atom: int, axes: Axes, region: Region) -> list[int] | None:
-    """The region's axes along which an input has an atom of its source."""
-    for own, dims in zip(axes.dims(node), region.dims[node], strict=True):
-        if own == [atom]:
-            return dims
-    return None
-
-
-def operands_of(node: fx.Node) -> list[fx.Node]:
-    """Tensor operands in order, a node that is an operand twice listed twice."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)
-    return [n for n in found if isinstance(n.meta.get("val"), (torch.Tensor, tuple, list))]
-
-
-def axes_of(nodes: list[fx.Node], apart: Collection[fx.Node] = ()) -> Axes:
-    """The axes of nodes, new ones where they have no common factors with those of the operands.
-
-    `apart`: nodes that get new ones, so that views of one tensor may read it along two axes.
-    """
-    axes = Axes()
-    for node in nodes:
-        assign(node, axes, strict=False)
-        if node in apart:
-            axes.fresh(node)
-    return axes
-
-
-def reduced_axes(node: fx.Node, axes: Axes) -> list[int]:
-    if node.target not in table.REDUCTIONS:
-        return []
-    dims = axes.dims(node.args[0])  # type: ignore[arg-type]
-    return [a for d in reduction(node)[0] for a in dims[d]]
-
-
-def assign(node: fx.Node, axes: Axes, *, strict: bool = True) -> None:
-    """Give `node` the axes that follow from its operands'."""
-    operands = operands_of(node)
-    for operand in operands:
-        if operand not in axes:
-            axes.fresh(operand)
-    try:
-        _assign(node, axes, operands)
-    except AxesError:
-        if strict:
-            raise
-        axes.fresh(node)
-
-
-def _assign(node: fx.Node, axes: Axes, operands: list[fx.Node]) -> None:
-    target = node.target
-    if target in table.REDUCTIONS:
-        axes.reduce(node, operands[0], *reduction(node))
-    elif target not in table.VIEWS:
-        axes.broadcast(node, operands)
-    else:
-        name = str(target).split(".")[1]
-        rank = operands[0].meta["val"].dim()
-        args: Any = node.args
-        if name == "permute":
-            axes.permute(node, operands[0], [d % rank for d in args[1]])
-        elif name == "transpose":
-            order = list(range(rank))
-            a, b = args[1] % max(rank, 1), args[2] % max(rank, 1)
-            if rank:
-                order[a], order[b] = order[b], order[a]
-            axes.permute(node, operands[0], order)
-        elif name == "t":
-            axes.permute(node, operands[0], list(reversed(range(rank))))
-        elif name in ("expand", "expand_as"):
-            axes.broadcast(node, operands[:1])
-        elif name == "movedim":
-            raise AxesError("movedim")
-        else:
-            axes.view(node, operands[0])
-
-
 @dataclass
 class Branch:
     """Nodes of a component that are split into units together."""
@@ -661,105 +465,3 @@ def too_often(regions: list[list[fx.Node]]) -> set[fx.Node]:
         if sum(counts) - max(counts) > MAX_REPEATED:
             found |= {n for n in linked if isinstance(n, fx.Node)}
     return found
-
-
-class Groups:
-    """Disjoint sets of nodes, each listed in the order of `elements`."""
-
-    def __init__(self, elements: list[fx.Node]) -> None:
-        self.elements = elements
-        self._index = {n: i for i, n in enumerate(elements)}
-        self._set: dict[fx.Node, list[fx.Node]] = {n: [n] for n in elements}
-
-    def copy(self) -> Groups:
-        other = Groups(self.elements)
-        other._set = dict(self._set)
-        return other
-
-    def __contains__(self, node: fx.Node) -> bool:
-        return node in self._set
-
-    def set_of(self, node: fx.Node) -> list[fx.Node]:
-        return self._set[node]
-
-    def union(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        found = {m for n in nodes for m in self._set[n]}
-        return sorted(found, key=self._index.__getitem__)
-
-    def join(self, nodes: Iterable[fx.Node]) -> None:
-        merged = self.union(nodes)
-        for node in merged:
-            self._set[node] = merged
-
-    def sets(self, topological: bool = False) -> list[list[fx.Node]]:
-        """Each set once; by first element, or such that a set comes after those it uses."""
-        unique = list({id(s): s for s in self._set.values()}.values())
-        if not topological:
-            return sorted(unique, key=lambda s: self._index[s[0]])
-        waiting: dict[int, set[int]] = {}
-        for group in unique:
-            used = {id(self._set[a]) for n in group for a in operands_of(n) if a in self._set}
-            waiting[id(group)] = used - {id(group)}
-        result: list[list[fx.Node]] = []
-        pending = sorted(unique, key=lambda s: self._index[s[0]])
-        done: set[int] = set()
-        while pending:
-            ready = [g for g in pending if waiting[id(g)] <= done]
-            result += ready
-            done |= {id(g) for g in ready}
-            pending = [g for g in pending if id(g) not in done]
-        return result
-
-
-class Reconvergence:
-    """Finds the nodes between a fan-out and the places where its branches meet again."""
-
-    def __init__(self, component: list[fx.Node], active: set[fx.Node]) -> None:
-        self._nodes = component
-        index = {n: i for i, n in enumerate(component)}
-        self._successors: dict[fx.Node, list[int]] = {}
-        for i, node in enumerate(component):
-            for operand in dict.fromkeys(operands_of(node)):
-                if operand in active:
-                    self._successors.setdefault(operand, []).append(i)
-        self._below = [0] * len(component)  # bit j: node j is i or depends on it
-        for i in range(len(component) - 1, -1, -1):
-            bits = 1 << i
-            for j in self._successors.get(component[i], ()):
-                bits |= self._below[j]
-            self._below[i] = bits
-        self._predecessors: list[int] = [0] * len(component)
-        for i, node in enumerate(component):
-            for operand in operands_of(node):
-                if operand in index:
-                    self._predecessors[i] |= 1 << index[operand]
-
-    def groups(self) -> list[list[fx.Node]]:
-        found: dict[int, None] = {}
-        for successors in self._successors.values():
-            for k, i in enumerate(successors):
-                for j in successors[:k]:
-                    common = self._below[i] & self._below[j]
-                    if common:
-                        found[self._between(i, j, common)] = None
-        sets = [[n for i, n in enumerate(self._nodes) if bits >> i & 1] for bits in found]
-        return sorted(sets, key=len)
-
-    def _between(self, i: int, j: int, common: int) -> int:
-        """Branch nodes that reach a meeting node, and the nodes where they first meet."""
-        branches = (self._below[i] | self._below[j]) & ~common
-        result = 0
-        for k in bits_of(branches):
-            if self._below[k] & common:
-                result |= 1 << k
-        for k in bits_of(common):
-            if self._predecessors[k] & branches or k in (i, j):
-                result |= 1 << k
-        return result
-
-
-def bits_of(bits: int) -> Iterable[int]:
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low
