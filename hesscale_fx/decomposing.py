@@ -182,7 +182,7 @@ class _Decomposing:
             self._templates[key] = template
 
         def mark(made: fx.Node, role: str) -> None:
-            for name in ("stack_trace", "nn_module_stack", "custom"):
+            for name in ("stack_trace", "nn_module_stack", "torch_fn", "custom"):
                 if name in node.meta:
                     made.meta[name] = node.meta[name]
 

@@ -245,3 +245,17 @@ def test_a_pick_alone_stays_a_selection():
     )
     rules = {(n.meta.get("custom") or {}).get("hesscale", {}).get("rule") for n in hs.graph.nodes}
     assert "selection" in rules and "row" not in rules
+
+
+def test_a_transform_leaves_the_batch_free_and_takes_long_signals():
+    """The dimensions before the transformed one number the blocks."""
+
+    def loss(x):
+        return torch.fft.rfft(x).abs().pow(1.5).sum()
+
+    hs = hesscale_fx.transform(loss, None, (point(3, 6),), wrt="inputs")
+    for x in (point(3, 6), point(5, 6)):
+        exact = torch.autograd.functional.hessian(loss, x).reshape(x.numel(), -1).diagonal()
+        assert relative_error(hs(x).hess_diag["x"].flatten(), exact) < 1e-10
+    assert hs.report()["x"].exact
+    hesscale_fx.transform(loss, None, (point(8, 512),), wrt="inputs")

@@ -29,6 +29,7 @@ from hesscale_fx.analysis.units import Partition, Unit
 from hesscale_fx.structures import table
 from hesscale_fx.structures.columns import Estimate
 from hesscale_fx.structures.composite import Composite
+from hesscale_fx.structures.fourier import DIMENSIONS, dimensions
 
 aten = torch.ops.aten
 
@@ -462,6 +463,11 @@ def _complex(call: fx.Node, output: fx.Node, node: fx.Node) -> Passage | None:
     outer = {d: d for d in range(y.dim())}
     if call.target in (aten.view_as_real.default, aten.view_as_complex.default):
         return Passage(set(), {d: d for d in range(rank(node))}, set())
+    if call.target in DIMENSIONS:
+        mixed = dimensions(call.target, call.args, call.kwargs, x.dim())
+        kept = {d: d for d in outer if d not in mixed}
+        pair = (mixed | {v.dim()} if v.is_complex() else mixed for v in (y, x))
+        return Passage(next(pair), kept, next(pair))
     moves = call.target in table.COMPLEX_SELECTION
     elementwise = moves or table.is_pointwise(call.target)
     if not elementwise or list(map(str, y.shape)) != list(map(str, x.shape)):

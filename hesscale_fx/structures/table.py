@@ -24,6 +24,7 @@ from hesscale_fx.structures.byindex import index_reduce, scatter_reduce
 from hesscale_fx.structures.columns import Columns
 from hesscale_fx.structures.contraction import Contraction, Trilinear, trilinear
 from hesscale_fx.structures.ctc import CTC, recursion
+from hesscale_fx.structures.fourier import DIMENSIONS, HALVES, Transform
 from hesscale_fx.structures.lstsq import by_pinv
 from hesscale_fx.structures.selection import (
     ManyToOne,
@@ -143,16 +144,8 @@ SEPARABLE = {
     **{op: Separable(3) for op in packets("_adaptive_avg_pool3d", "upsample_trilinear3d")},
 }  # fmt: skip
 
-# Linear, and dense: a transform along its dimensions.
-LINEAR_MAPS = packets(
-    *(
-        f"fft_{kind}{dims}"
-        for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
-        for dims in ("", "2", "n")
-    ),
-    "_fft_c2c", "_fft_r2c", "_fft_c2r", "stft", "istft", "trapezoid", "trapz",
-    "cumulative_trapezoid",
-)  # fmt: skip
+# Linear, and dense.
+LINEAR_MAPS = packets("stft", "istft", "trapezoid", "trapz", "cumulative_trapezoid")
 # Functions of each matrix of a batch.
 OF_MATRICES = packets(
     "cholesky", "cholesky_inverse", "cholesky_solve", "linalg_cholesky", "linalg_cholesky_ex",
@@ -182,12 +175,13 @@ IMPLEMENTATIONS: dict[Any, Callable] = {
     aten.multilabel_margin_loss.default: definitions.multilabel_margin_loss,
 }
 TWINS: dict[Any, Callable] = {
+    **HALVES,
     aten.embedding_bag.padding_idx: written_out,
     aten.scatter_reduce.two: scatter_reduce,
     aten.index_reduce.default: index_reduce,
 }
 
-TABLE: dict[Any, Structure] = {
+TABLE: dict[Any, Structure | Transform] = {
     **{op: Selection() for op in SELECTION},
     **{op: Contraction() for op in CONTRACTION},
     **{op: Contraction(bias_dim=-1) for op in packets("linear")},
@@ -202,6 +196,7 @@ TABLE: dict[Any, Structure] = {
     **SCALED,
     **SEPARABLE,
     **{op: Columns(linear=True, name="linear map") for op in LINEAR_MAPS},
+    **{op: Transform(op) for op in DIMENSIONS},
     **{op: Columns(core=2) for op in OF_MATRICES},
     **{op: Columns() for op in OF_TENSORS},
     aten.index_reduce.default: Columns(implementation=index_reduce),
@@ -301,6 +296,8 @@ def structure_of(op: Any, args: tuple = (), kwargs: Any = None) -> Structure | N
         return Selection()
     if structure is None and is_pointwise(op):  # between real and complex numbers
         return Columns(core=0)
+    if isinstance(structure, Transform):
+        return structure.of_call(args, kwargs)
     if any_complex((args, kwargs)) and not isinstance(structure, (Selection, Columns)):
         return complex_structure(op)
     accepts = getattr(structure, "accepts", None)
