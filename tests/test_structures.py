@@ -22,6 +22,7 @@ from hesscale_fx import api, structures
 from hesscale_fx.check import CheckError
 from hesscale_fx.structures import definitions, table
 from hesscale_fx.structures.columns import Columns
+from hesscale_fx.structures.fourier import Transform
 
 aten = torch.ops.aten
 GENERATOR = torch.Generator().manual_seed(0)
@@ -1267,7 +1268,7 @@ def test_every_entry_has_a_case() -> None:
         *table.POINTWISE,
     }
     # Columns know nothing of their operator; test_opdb.py runs them. Copies are their views.
-    columns = {op for op, found in table.TABLE.items() if isinstance(found, Columns)}
+    columns = {op for op, found in table.TABLE.items() if isinstance(found, (Columns, Transform))}
     copies = {op for op in definitions.AT_CAPTURE if op._schema.name.endswith("_copy")}
     elsewhere = columns | copies | BY_DATABASE
     entries = {op for op in entries - elsewhere if op.namespace == "aten"}  # no test's or user's

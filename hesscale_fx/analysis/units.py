@@ -248,14 +248,16 @@ class Partition:
         region = None
         if len({source_of(a)[0] for a, _ in inputs}) < len(inputs):
             region = self._region_with_twins(group)
-            added = [a for a in region.inputs if all(a is not b for b, _ in inputs)]
+            entering = [] if region is None else region.inputs
+            added = [a for a in entering if all(a is not b for b, _ in inputs)]
             inputs += [(a, self._producer(a, level)) for a in added]
         key = (tuple(group), tuple((a, id(p)) for a, p in inputs))
         unit = self._known.get(key)
         if unit is None:
             region = region or self._region_with_twins(group)
             unit = self._known[key] = Unit(group, inputs, [], region)
-            region.outputs = unit.outputs  # one list: what other units use
+            if region is not None:
+                region.outputs = unit.outputs  # one list: what other units use
         if level not in unit.levels:
             unit.levels.append(level)
         for node in group:
@@ -267,12 +269,14 @@ class Partition:
             if used and node not in unit.outputs:
                 unit.outputs.append(node)
 
-    def _region_with_twins(self, nodes: list[fx.Node]) -> Region:
-        """The region of a unit, with what of its inputs is the same tensor."""
+    def _region_with_twins(self, nodes: list[fx.Node]) -> Region | None:
+        """The region of a unit, with what of its inputs is the same tensor.
+
+        None for a single view whose sizes have no common factors.
+        """
         region = self._region(nodes)
-        assert region is not None  # or it had not become a unit
-        if region.name == "selection":
-            return region  # no products of two entries
+        if region is None or region.name == "selection":
+            return region  # a selection has no products of two entries
         for first, second in itertools.combinations(list(region.inputs), 2):
             twins = twins_of(region, first, second)
             if twins is None or twins.source not in self._active:
