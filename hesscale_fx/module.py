@@ -452,6 +452,9 @@ class HesScaleModule(fx.GraphModule):
     def _ready(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Capture, before the compiler's own tracing begins, what the call needs."""
         self._relink()
+        if any(isinstance(m, nn.RNNBase) for m in self._model.modules()):
+            # Dynamo would refuse the module, whose parameters alone the graph takes from it.
+            torch._dynamo.config.allow_rnn = True
         if self._lazy or self._active is None:
             self._find(args, kwargs)
 

@@ -92,6 +92,25 @@ def test_every_compiled_from_outside():
     assert (hs.calls, backend.graphs) == (7, 2)
 
 
+class Recurrent(nn.Module):
+    """A layer that Dynamo takes on request only, inside of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"gru": nn.GRU(4, 5, batch_first=True)})
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.inner["gru"](x.unsqueeze(1))[0][:, -1])
+
+
+def test_a_recurrent_layer(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", False)
+    net, (x, y) = Recurrent(), data()
+    hs = hesscale_fx.transform(net, LOSS, (x, y))
+    check(torch.compile(hs, fullgraph=True, backend="eager")(x, y), hs(x, y))
+
+
 @pytest.mark.parametrize("first", [1, pytest.param(3, marks=pytest.mark.slow), 64])
 def test_at_most_two_recompilations_over_batches(first):
     hs = hesscale_fx.transform(network(), LOSS)
