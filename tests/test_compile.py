@@ -104,8 +104,8 @@ class Recurrent(nn.Module):
         return self.head(self.inner["gru"](x.unsqueeze(1))[0][:, -1])
 
 
-def test_a_recurrent_layer(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", False)
+@torch._dynamo.config.patch(allow_rnn=False)
+def test_a_recurrent_layer():
     net, (x, y) = Recurrent(), data()
     hs = hesscale_fx.transform(net, LOSS, (x, y))
     check(torch.compile(hs, fullgraph=True, backend="eager")(x, y), hs(x, y))
