@@ -31,7 +31,7 @@ from torch import Tensor, fx
 
 from hesscale_fx.structures import table
 from hesscale_fx.structures.base import Tensors, add, mul
-from hesscale_fx.structures.region import Function, Region, RegionAt, _same, reduction
+from hesscale_fx.structures.region import Function, Region, RegionAt, reduction, same_sizes
 
 # Reductions of a region from which on this rule takes less than the direct one.
 MANY = 3
@@ -225,6 +225,6 @@ class PushingAt(RegionAt):
                 f.value = self._integrand(node, operand(node.args[0]))  # type: ignore[arg-type]
             else:
                 f.value = self._compute(node, operand)
-                if not _same(f.value.shape, shape):
+                if not same_sizes(f.value.shape, shape):
                     f.value = f.value.expand(shape)
         return f

@@ -206,7 +206,7 @@ class Layout:
         dims = [
             offset + self.position[a]
             for a in axes
-            if not _same([value.shape[offset + self.position[a]]], [1])
+            if not same_sizes([value.shape[offset + self.position[a]]], [1])
         ]
         return value.sum(sorted(dims), keepdim=True) if dims else value
 
@@ -286,7 +286,7 @@ class RegionAt:
         terms = [mul(self._first(f, v), weight) for f, weight in weights]
         total = self._total([t for t in terms if t is not None], absent - {axis})
         place = self._layout.position[axis]
-        if total is None or _same([total.shape[place]], [1]):
+        if total is None or same_sizes([total.shape[place]], [1]):
             return None
         return self._layout.behind(v, total.movedim(place, 0))
 
@@ -448,7 +448,7 @@ class RegionAt:
     def _finish(self, node: fx.Node, value: Tensor) -> Tensor:
         value = value.to(wide(node.meta["val"].dtype))
         shape = self._layout.shape(node)
-        value = value if _same(value.shape, shape) else value.expand(shape)
+        value = value if same_sizes(value.shape, shape) else value.expand(shape)
         return self._layout.native(node, value)
 
     def _value(self, node: fx.Node) -> Any:
@@ -504,7 +504,7 @@ class RegionAt:
             peak = _PEAKS[node.target](full, self._positions(over))
             hit = (full == peak).to(full.dtype)
             return x * (hit / hit.sum(self._positions(over), keepdim=True))
-        x = x if _same(x.shape, shape) else x.expand(shape)
+        x = x if same_sizes(x.shape, shape) else x.expand(shape)
         if node.target in _MEANS and over:
             return x / math.prod([self._layout.sizes[a] for a in over])
         return x
@@ -522,7 +522,7 @@ class RegionAt:
                 else:
                     f.value = self._substitute(f, target, shape, memo)
                     f.value = f.value if is_output else self._integrand(node, f.value)
-                if not _same(f.value.shape, shape):
+                if not same_sizes(f.value.shape, shape):
                     f.value = f.value.expand(shape)
             self._functions[node, is_output] = f
         return self._functions[node, is_output]
@@ -541,7 +541,7 @@ class RegionAt:
     def _variable(self, f: Function, node: fx.Node, shape: Any) -> Tensor:
         if node not in f.variables:
             value = self._value(node)
-            value = value if _same(value.shape, shape) else value.expand(shape)
+            value = value if same_sizes(value.shape, shape) else value.expand(shape)
             f.variables[node] = value.detach().requires_grad_()
         return f.variables[node]
 
@@ -557,7 +557,7 @@ class RegionAt:
         return f.second[u, v]
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_sizes(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(
         (isinstance(x, int) and isinstance(y, int) and x == y)
         or (not isinstance(x, int) and not isinstance(y, int) and x.node.expr == y.node.expr)
@@ -584,7 +584,7 @@ def _pulled(y: Tensor | None, x: Tensor | None, weight: Tensor) -> Tensor | None
     if y is None or x is None or not y.requires_grad:
         return None
     weight = weight.to(y.dtype)
-    weight = weight if _same(weight.shape, y.shape) else weight.expand(y.shape)
+    weight = weight if same_sizes(weight.shape, y.shape) else weight.expand(y.shape)
     (found,) = torch.autograd.grad(y, x, weight, retain_graph=True, allow_unused=True)
     return or_none(found)
 
