@@ -20,6 +20,7 @@ from hesscale_fx.analysis.units import Unit
 from hesscale_fx.capture import Captured
 from hesscale_fx.errors import MESSAGE, CallError, CallTypeError, NotCapturedError
 from hesscale_fx.every import Schedule, without_curvature
+from hesscale_fx.heap import keep_freed
 from hesscale_fx.methods import Exact
 from hesscale_fx.names import CALIBRATION
 from hesscale_fx.random import Signs
@@ -407,6 +408,7 @@ class HesScaleModule(fx.GraphModule):
         if reason is not None:
             log.info("capturing again: %s", reason)
         program = self._build(args, kwargs)
+        keep_freed()
         self._programs[id(program)] = program
         while len(self._programs) > self.max_programs:
             self._programs.popitem(last=False)
