@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from hesscale_fx.accumulate import add_curvature
 from hesscale_fx.api import transform
 from hesscale_fx.errors import CallError, InvalidArgumentError, InvalidModelError
+from hesscale_fx.layouts import channels_last
 
 OPTIONS = ("method", "curvature_dtype")
 COMPILER = "inductor"  # what compiles the emitted graph
@@ -204,6 +205,7 @@ def functional(hs: fx.GraphModule, names: list[str], rest: list[str]) -> fx.Grap
             )
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
+    channels_last(graph)
     return fx.GraphModule(hs, graph)
 
 

@@ -21,6 +21,7 @@ from hesscale_fx.capture import Captured
 from hesscale_fx.errors import MESSAGE, CallError, CallTypeError, NotCapturedError
 from hesscale_fx.every import Schedule, without_curvature
 from hesscale_fx.heap import keep_freed
+from hesscale_fx.layouts import channels_last
 from hesscale_fx.methods import Exact
 from hesscale_fx.names import CALIBRATION
 from hesscale_fx.random import Signs
@@ -134,6 +135,8 @@ class Program:
     code: str = ""
     between: Callable | None = None  # without curvature
     between_graph: fx.Graph | None = None
+    # What a compiler gets in place of `function` and `between`, once one has asked.
+    for_compiler: tuple[Callable | None, Callable | None] | None = None
 
     def with_signs(self, tensors: list[Any], generator: torch.Generator | None) -> list[Any]:
         """A call's tensors followed by the random signs that the graph takes."""
@@ -316,7 +319,9 @@ class HesScaleModule(fx.GraphModule):
         if program is None:
             return None
         self.__dict__["_graph"] = program.graph
+        program.for_compiler = None
         if program.steady is not None:
+            program.steady.for_compiler = None
             code, program.steady.function = self._function_of(program.steady.graph, program.steady)
             program.steady.code = code.src
         code, program.function = self._function_of(program.graph, program)
@@ -460,6 +465,23 @@ class HesScaleModule(fx.GraphModule):
         if self._lazy or self._active is None:
             self._find(args, kwargs)
 
+        for program in (self._active, self._active and self._active.steady):
+            if program is not None and program.for_compiler is None:
+                program.for_compiler = self._for_compiler(program)
+
+    def _for_compiler(self, program: Program) -> tuple[Callable | None, Callable | None]:
+        """Both functions of a program, made again where a compiler gets another graph."""
+        functions = []
+        known = (program.graph, program.function), (program.between_graph, program.between)
+        for graph, function in known:
+            if graph is not None:
+                laid_out = fx.Graph()
+                laid_out.output(laid_out.graph_copy(graph, {}))
+                if channels_last(laid_out):
+                    _, function = self._function_of(laid_out, program)
+            functions.append(function)
+        return functions[0], functions[1]
+
     # `torch.compile(hs)` asks modules with these two, as torch's lazy modules have them, to make
     # themselves ready before each call.
     _initialize_hook = True
@@ -488,7 +510,8 @@ class HesScaleModule(fx.GraphModule):
             program = program if refreshes else program.steady
         tensors = program.with_signs(tensors, self._build.generator)
         if torch.compiler.is_compiling():
-            function = program.function if due else program.between
+            functions = program.for_compiler or (program.function, program.between)
+            function = functions[0] if due else functions[1]
             return Result(*function(self, *tensors))  # type: ignore[misc]
         return Result(*callable_of(program, due)(self, *tensors))
 
