@@ -30,6 +30,7 @@ KEEP_ONE = {
     aten.clone.default, aten.reshape.default, aten._unsafe_view.default, aten.t.default,
     aten.alias.default, aten.squeeze.dims,
 }  # fmt: skip
+TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 FUSED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
 # Their second argument is a dimension or several.
 DIMS_SECOND = {
@@ -110,11 +111,7 @@ def same_type(a: fx.Node, b: fx.Node) -> bool:
     x, y = a.meta.get("val"), b.meta.get("val")
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         return False
-    return (
-        x.dtype == y.dtype
-        and x.device == y.device
-        and [str(s) for s in x.shape] == [str(s) for s in y.shape]
-    )
+    return x.dtype == y.dtype and x.device == y.device and sizes(a) == sizes(b)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -195,6 +192,8 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> dict[fx.Node, fx.Node]
     for node in list(graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
+        if node in generated:
+            shorten(node)
         replacement = fold(node, constants) if node in generated else None
         if replacement is None and node in generated:
             accumulate(graph, node)
@@ -248,6 +247,46 @@ def merge_equal(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
+def shorten(node: fx.Node) -> None:
+    """Let a view be one of what it is a view of a view of."""
+    args: Any = node.args
+    first = args[0] if args else None
+    if not isinstance(first, fx.Node):
+        return
+    inner: Any = first.args
+    if node.target in TRANSPOSES and first.target in TRANSPOSES:
+        order = permutation(first)
+        node.args = (inner[0], [order[d] for d in permutation(node)])
+        node.target = aten.permute.default
+    # Whether a reshape copies depends on strides, and what others read must not be copied twice.
+    elif node.target is aten.reshape.default and len(first.users) == 1:
+        if first.target is aten.reshape.default:
+            node.update_arg(0, inner[0])
+        elif first.target is aten.sum.dim_IntList and inner[2:] == (True,) and not first.kwargs:
+            shape = sizes(inner[0])
+            summed = {d % max(1, len(shape)) for d in inner[1] or range(len(shape))}
+            if sizes(node) == [s for d, s in enumerate(shape) if d not in summed]:
+                node.target, node.args = first.target, inner[:2]
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """Which dimension of its operand each of a transposed tensor is."""
+    args: Any = node.args
+    rank = node.meta["val"].dim()
+    if node.target is aten.permute.default:
+        return [d % rank for d in args[1]]
+    order = list(range(rank))
+    if rank > 1:
+        a, b = args[1:] if node.target is aten.transpose.int else (0, 1)
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+def sizes(node: Any) -> list[str]:
+    """Of each dimension, symbols by name."""
+    return [str(s) for s in node.meta["val"].shape]
+
+
 def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
     """A simpler node of the same value, or None."""
     target, args = node.target, node.args
@@ -281,8 +320,10 @@ def fold(node: fx.Node, constants: Constants) -> fx.Node | None:
         # A copy may be there to give a kernel that reads memory in order what it needs.
         copies = target is aten.clone.default and not same_strides(node, first)
         candidate = first if not copies and same_layout(node, first) else None
-    elif target in (aten.neg.default, aten.t.default) and first.target is target:
+    elif target is aten.neg.default and first.target is target:
         candidate = first.args[0]
+    elif target in TRANSPOSES:
+        candidate = first if permutation(node) == list(range(node.meta["val"].dim())) else None
     elif target is aten.pow.Tensor_Scalar and second == 1:
         candidate = first
     if isinstance(candidate, fx.Node) and same_type(candidate, node):
