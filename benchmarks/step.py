@@ -1,13 +1,15 @@
 """What a second-order step costs: the ratio to a plain gradient step of the same model.
 
     python benchmarks/step.py [workload ...] [--rounds 30] [--no-compile] [--others]
+        [--method NAME] [--bfloat16] [--every K]
 
 Calls are timed in turns, so that a busy machine hits all alike; the table shows the median of each
 call's time over that of loss and gradient, eager against eager and compiled against compiled, with
 quartiles of the ratio from round to round. Memory is the peak of an eager call over the gradient's;
 the parameters count once in both, and the diagonal that is returned is allowed for. With --others
 what else gives a diagonal runs in the same rounds: BackPACK where it knows the layers, and
-Hutchinson's estimator by double backward.
+Hutchinson's estimator by double backward. With --bfloat16 a line more says how far the diagonal is
+from that in float32, and with --every the time is the mean of the K calls of a round.
 """
 
 from __future__ import annotations
@@ -95,6 +97,7 @@ def measure(
     start = time.perf_counter()
     hs = hesscale_fx.transform(work.model, work.loss, work.args, **options)
     seconds = {"transform": time.perf_counter() - start}
+    error = rounding(work, hs) if "curvature_dtype" in options else ""
     calls = {"plain": gradient_step(work, False), "ours": lambda: hs(*work.args)}
     memory = memory_ratio(calls["ours"], calls["plain"], list(work.model.parameters()))
     refused: dict[str, str] = {}
@@ -113,7 +116,8 @@ def measure(
             seconds[key] = time.perf_counter() - start
             calls[key] = call
     # Both of a pair equally often, so that the ratio of their times is that of one call.
-    several = repeated(calls["plain"]).count
+    cycle = options.get("every", 1)
+    several = -(-repeated(calls["plain"]).count // cycle) * cycle
     many = {k: (lambda c=c: [c() for _ in range(several)]) for k, c in calls.items()}
     found = interleaved(many, rounds)
     eager = ratio(found["ours"], found["plain"])
@@ -125,7 +129,16 @@ def measure(
     known = {"plain", "ours", "plain compiled", "ours compiled"}
     lines = [f"{k} {ratio(t, found['plain'])}" for k, t in found.items() if k not in known]
     lines += [f"{k} not: {why}" for k, why in refused.items()]
+    lines += [error] if error else []
     return "\n".join([row, *(f"  {line}" for line in lines)])
+
+
+def rounding(work: Workload, hs: Callable) -> str:
+    """The relative error of a diagonal to that of the model's own precision, over all entries."""
+    exact = hesscale_fx.transform(work.model, work.loss, work.args)(*work.args).hess_diag
+    pairs = [(found, exact[name]) for name, found in hs(*work.args).hess_diag.items()]
+    each = torch.cat([((a - b).abs() / b.abs())[b != 0].flatten() for a, b in pairs])
+    return f"median relative error {each.median():.2%}"
 
 
 def ratio(ours: Timing, plain: Timing) -> str:
@@ -144,9 +157,12 @@ def main() -> None:
     parser.add_argument("--others", action="store_true", help="BackPACK and Hutchinson beside")
     parser.add_argument("--method", default="hesscale")
     parser.add_argument("--bfloat16", action="store_true", help="curvature_dtype=torch.bfloat16")
+    parser.add_argument("--every", type=int, default=1, help="curvature in each k-th call")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    made = {"method": options.method}
+    made: dict[str, Any] = {"method": options.method}
+    if options.every > 1:
+        made["every"] = options.every
     if options.bfloat16:
         made["curvature_dtype"] = torch.bfloat16
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
