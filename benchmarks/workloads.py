@@ -24,10 +24,14 @@ class Workload:
         """What the transformed module is called with."""
         return (*self.inputs, *self.targets)
 
-    def to(self, device: str) -> Workload:
-        """The same on another device."""
-        self.model.to(device)
-        inputs, targets = (tuple(t.to(device) for t in v) for v in (self.inputs, self.targets))
+    def to(self, device: str, dtype: torch.dtype = torch.float32) -> Workload:
+        """The same on another device, what is a floating-point number in another precision."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else None)
+
+        self.model.to(device, dtype)
+        inputs, targets = (tuple(map(moved, v)) for v in (self.inputs, self.targets))
         return Workload(self.model, self.loss, inputs, targets)
 
 
@@ -52,19 +56,27 @@ def cnn(batch: int) -> Workload:
 
 
 class Residual(nn.Module):
-    """The basic block of He et al. 2016."""
+    """The basic block of He et al. 2016, or their bottleneck: an output four times as wide."""
 
-    def __init__(self, channels: int, out: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, bottleneck: bool = False) -> None:
         super().__init__()
+        out = 4 * width if bottleneck else width
+
+        def convolution(a: int, b: int, size: int, stride: int = 1) -> list[nn.Module]:
+            padding = size // 2
+            return [nn.Conv2d(a, b, size, stride, padding, bias=False), nn.BatchNorm2d(b)]
+
         self.body = nn.Sequential(
-            *(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()),
-            *(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)),
-        )
+            *(*convolution(channels, width, 1), nn.ReLU()),
+            *(*convolution(width, width, 3, stride), nn.ReLU()),
+            *convolution(width, out, 1),
+        ) if bottleneck else nn.Sequential(
+            *(*convolution(channels, width, 3, stride), nn.ReLU()),
+            *convolution(width, out, 3),
+        )  # fmt: skip
         self.skip: nn.Module = nn.Identity()
         if stride > 1 or channels != out:
-            self.skip = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
+            self.skip = nn.Sequential(*convolution(channels, out, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """Of shape (batch, channels, height, width)."""
@@ -83,6 +95,23 @@ def resnet18(batch: int, width: int = 64) -> Workload:
         channels = out
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    return Workload(nn.Sequential(*layers).train(), nn.CrossEntropyLoss(), (x,), (y,))
+
+
+def resnet50(batch: int = 32, size: int = 224) -> Workload:
+    """ResNet-50 (He et al. 2016, with the stride in the middle convolution) on random images."""
+    layers: list[nn.Module] = [
+        *(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    channels = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for i in range(blocks):
+            width = 64 * 2**stage
+            layers.append(Residual(channels, width, 2 if stage and not i else 1, bottleneck=True))
+            channels = 4 * width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)]
+    x, y = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
     return Workload(nn.Sequential(*layers).train(), nn.CrossEntropyLoss(), (x,), (y,))
 
 
@@ -111,11 +140,15 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Returns the logits of the next token at every position, shape (batch * tokens, vocab)."""
 
-    def __init__(self, layers: int, width: int, heads: int, vocab: int, tokens: int) -> None:
+    def __init__(
+        self, layers: int, width: int, heads: int, vocab: int, tokens: int, tied: bool = False
+    ) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(tokens, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` of shape (batch, tokens)."""
@@ -130,10 +163,12 @@ def gpt(
     vocab: int = 512,
     tokens: int = 128,
     batch: int = 8,
+    tied: bool = False,
 ) -> Workload:
     """Next-token prediction on random tokens."""
     ids, y = torch.randint(vocab, (batch, tokens)), torch.randint(vocab, (batch * tokens,))
-    return Workload(GPT(layers, width, heads, vocab, tokens), nn.CrossEntropyLoss(), (ids,), (y,))
+    model = GPT(layers, width, heads, vocab, tokens, tied)
+    return Workload(model, nn.CrossEntropyLoss(), (ids,), (y,))
 
 
 class LSTMClassifier(nn.Module):
@@ -163,4 +198,10 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": gpt,
     "lstm": lstm,
     "mlp-64-32-32-10": lambda: mlp([64, 32, 32, 10], 32),
+}
+
+# For an accelerator: 26 and 124 million parameters.
+LARGE: dict[str, Callable[[], Workload]] = {
+    "resnet50": resnet50,
+    "gpt2-small": lambda: gpt(12, 768, 12, 50257, 1024, 4, tied=True),
 }
