@@ -1,8 +1,8 @@
 """Model and loss in, one functional ATen graph out.
 
-With decomposing.py the only file that knows torch.export. The captured graph is at a pinned level:
-operators with a structure of their own stay whole (silu, layer_norm, linear, convolution, ...);
-every other composite operator is decomposed by PyTorch's own formulas.
+With captured.py and decomposing.py the only file that knows torch.export. The captured graph is at
+a pinned level: operators with a structure of their own stay whole (silu, layer_norm, linear,
+convolution, ...); every other composite operator is decomposed by PyTorch's own formulas.
 """
 
 from __future__ import annotations
