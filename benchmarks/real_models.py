@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hesscale_fx
+from hesscale_fx.step import count_targets
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
@@ -149,7 +150,7 @@ def compare(row: Row, case: Case, samples: int, seconds: float) -> None:
 
 def targets_of(case: Case) -> int:
     """How many of the arguments are the loss's."""
-    return 0 if case.loss is None else hesscale_fx.capture.count_targets(case.loss)
+    return 0 if case.loss is None else count_targets(case.loss)
 
 
 def split(args: tuple, targets: int) -> tuple[tuple, tuple]:

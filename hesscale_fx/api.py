@@ -30,7 +30,8 @@ from hesscale_fx.analysis.primitives import Primitives, write_out
 from hesscale_fx.analysis.samples import Samples
 from hesscale_fx.analysis.shifts import find_shifts
 from hesscale_fx.analysis.units import Partition, Unit
-from hesscale_fx.capture import Captured, Leaf, Step, as_module, capture, explain, quiet
+from hesscale_fx.capture import capture
+from hesscale_fx.captured import Captured, Leaf
 from hesscale_fx.emit import Emission, Inseparable
 from hesscale_fx.errors import (
     CaptureError,
@@ -42,15 +43,19 @@ from hesscale_fx.errors import (
 )
 from hesscale_fx.evaluate import Native
 from hesscale_fx.every import Schedule
+from hesscale_fx.failures import explain
 from hesscale_fx.garbage import collected_rarely
 from hesscale_fx.lossroot import LossRoot, loss_root_of
 from hesscale_fx.methods import Calibrated, HesScale, LossSplit, Method, make_method
-from hesscale_fx.module import HesScaleModule, Program, State
+from hesscale_fx.modes import quiet
+from hesscale_fx.module import HesScaleModule
 from hesscale_fx.names import CALIBRATION, source_name
+from hesscale_fx.program import Program, State
 from hesscale_fx.random import Signs
 from hesscale_fx.report import Entry, Loss, Report
 from hesscale_fx.signature import Input, Signature
 from hesscale_fx.stages import Stages, log
+from hesscale_fx.step import Step, as_module
 from hesscale_fx.structures import Structure
 from hesscale_fx.structures.base import wide
 from hesscale_fx.structures.columns import LARGE, Columns, Estimate

@@ -27,7 +27,7 @@ from hesscale_fx.analysis.primitives import Primitives
 from hesscale_fx.analysis.samples import Rows, Samples
 from hesscale_fx.analysis.units import Unit
 from hesscale_fx.backward import Flow, Slot, reverse
-from hesscale_fx.capture import Captured, Leaf
+from hesscale_fx.captured import Captured, Leaf
 from hesscale_fx.errors import UnsupportedOperatorError, source_line
 from hesscale_fx.evaluate import Native, evaluate
 from hesscale_fx.lossroot import LossRoot

@@ -6,7 +6,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,18 +14,14 @@ from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 
 from hesscale_fx.accumulate import accumulate, clear
-from hesscale_fx.analysis.primitives import Primitives
-from hesscale_fx.analysis.units import Unit
-from hesscale_fx.capture import Captured
 from hesscale_fx.errors import MESSAGE, CallError, CallTypeError, NotCapturedError
-from hesscale_fx.every import Schedule, without_curvature
+from hesscale_fx.every import Schedule
 from hesscale_fx.heap import keep_freed
-from hesscale_fx.layouts import channels_last
 from hesscale_fx.methods import Exact
 from hesscale_fx.names import CALIBRATION
-from hesscale_fx.random import Signs
+from hesscale_fx.program import Program, RandomState, State
 from hesscale_fx.report import LossCurvature, Report, Verification
-from hesscale_fx.signature import RETRANSFORM, Signature
+from hesscale_fx.signature import RETRANSFORM
 from hesscale_fx.stages import log
 from hesscale_fx.verify import LossOf, exact_diagonal, graph_loss, model_loss, verify
 
@@ -48,150 +43,6 @@ class Result(NamedTuple):
     loss: Tensor
     grads: dict[str, Tensor]
     hess_diag: dict[str, Tensor]
-
-
-@dataclass
-class State:
-    """What a graph has baked in of the model besides its code."""
-
-    modes: list[bool]  # train or eval, of every submodule
-    names: list[str]  # of parameters and buffers
-    dtypes: list[torch.dtype]
-    devices: list[torch.device]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> State:
-        """The state of `model` now."""
-        named = [*model.named_parameters(), *model.named_buffers()]
-        return cls(
-            [m.training for m in model.modules()],
-            [name for name, _ in named],
-            [t.dtype for _, t in named],
-            [t.device for _, t in named],
-        )
-
-    def check_names(self, now: State) -> None:
-        """Raise where parameters or buffers came or went: what to return was decided before."""
-        changed = [n for n in (*now.names, *self.names) if (n in now.names) != (n in self.names)]
-        if changed:
-            raise CallError(
-                "The model's parameters or buffers have changed since the graph was captured: "
-                f"{', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''} "
-                "came or went. Transform the model again."
-            )
-
-    def mismatch(self, now: State) -> Exception | None:
-        """Why a graph of this state does not serve another, or None."""
-        if now.modes != self.modes:
-            return CallError(
-                "The model's train/eval mode has changed since the graph was captured. Set it "
-                "back with hs.train() or hs.eval(), or transform again."
-            )
-        if now.dtypes != self.dtypes or now.devices != self.devices:
-            return CallTypeError(
-                "The dtype or device of the model's parameters or buffers has changed since the "
-                "graph was captured. Transform the model again."
-            )
-        return None
-
-
-@dataclass
-class RandomState:
-    """Of the default generators, to run again with the same draws."""
-
-    cpu: Tensor
-    cuda: list[Tensor]
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """As they are."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        """Put them back."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-
-
-@dataclass(eq=False)
-class Program:
-    """One captured and emitted graph."""
-
-    graph: fx.Graph
-    signature: Signature
-    state: State  # of the model that the graph serves
-    constants: dict[str, Tensor]
-    report: Report
-    captured: Captured
-    primitives: Primitives
-    units: list[Unit]
-    random: list[Signs] = field(default_factory=list)  # inputs after the call's own
-    steady: Program | None = None  # with calibration: for calls that refresh no factor
-    split: Program | None = None  # of `loss_curvature`, once it was asked for
-    function: Callable | None = None
-    asserts: bool = False  # it has fixed decisions that a call may contradict
-    code: str = ""
-    between: Callable | None = None  # without curvature
-    between_graph: fx.Graph | None = None
-    # What a compiler gets in place of `function` and `between`, once one has asked.
-    for_compiler: tuple[Callable | None, Callable | None] | None = None
-
-    def with_signs(self, tensors: list[Any], generator: torch.Generator | None) -> list[Any]:
-        """A call's tensors followed by the random signs that the graph takes."""
-        if not self.random:
-            return tensors
-        sizes = self.signature.sizes(tensors)
-        return [*tensors, *(signs.draw(sizes, generator) for signs in self.random)]
-
-    def __deepcopy__(self, memo: dict) -> Program:
-        return Program(
-            self.graph,
-            self.signature,
-            self.state,
-            self.constants,
-            self.report,
-            self.captured,
-            self.primitives,
-            self.units,
-            self.random,
-            copy.deepcopy(self.steady, memo),
-            None,
-            self.function,
-            self.asserts,
-            self.code,
-            self.between,
-            self.between_graph,
-        )
-
-
-class Checked(fx.graph.CodeGen):
-    """Refuses arguments that a graph does not serve where fx interprets it."""
-
-    def __init__(self, signature: Signature) -> None:
-        super().__init__()
-        self._signature = signature
-
-    def process_inputs(self, *args: Any) -> Any:
-        """See `fx.graph.CodeGen`."""
-        reason = self._signature.mismatch(list(args))
-        if reason is not None:
-            raise reason
-        return args
-
-
-def callable_of(program: Program, due: bool) -> Callable:
-    """What runs the graph, or that without curvature; under a profiler every node has its name."""
-    function, graph = program.function, program.graph
-    if not due:
-        function, graph = program.between, program.between_graph  # type: ignore[assignment]
-    if torch.autograd.profiler._is_profiler_enabled:
-        from hesscale_fx.inspect.profiling import named
-
-        function = named(graph)
-    assert function is not None
-    return function
 
 
 class HesScaleModule(fx.GraphModule):
@@ -303,10 +154,7 @@ class HesScaleModule(fx.GraphModule):
                 "The graph was captured with the model in another train/eval mode. Call "
                 "hs.materialize(*inputs, *targets) before torch.export, or transform again."
             )
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(program.graph, {}))
-        graph.set_codegen(Checked(program.signature))
-        return graph
+        return program.exported()
 
     @property
     def code(self) -> str:
@@ -319,30 +167,7 @@ class HesScaleModule(fx.GraphModule):
         if program is None:
             return None
         self.__dict__["_graph"] = program.graph
-        program.for_compiler = None
-        if program.steady is not None:
-            program.steady.for_compiler = None
-            code, program.steady.function = self._function_of(program.steady.graph, program.steady)
-            program.steady.code = code.src
-        code, program.function = self._function_of(program.graph, program)
-        program.code = code.src
-        program.asserts = any(
-            n.target in (torch.ops.aten._assert_async.msg, torch.ops.aten._assert_scalar.default)
-            for n in program.graph.nodes
-        )
-        if self._schedule is not None:
-            program.between_graph = without_curvature(program.graph)
-            _, program.between = self._function_of(program.between_graph, program)
-        return code
-
-    def _function_of(self, graph: fx.Graph, program: Program) -> tuple[Any, Callable]:
-        """The Python code of a graph, and the function that it defines."""
-        graph.owning_module = self
-        code = graph.python_code(root_module="self")
-        scope = dict(code.globals)
-        label = f"<hesscale_fx graph {id(program)}{'' if graph is program.graph else ' between'}>"
-        exec(compile(code.src, label, "exec"), scope)
-        return code, scope["forward"]
+        return program.generate(self, between=self._schedule is not None)
 
     def _program(self) -> Program:
         active = self._active
@@ -465,22 +290,8 @@ class HesScaleModule(fx.GraphModule):
         if self._lazy or self._active is None:
             self._find(args, kwargs)
 
-        for program in (self._active, self._active and self._active.steady):
-            if program is not None and program.for_compiler is None:
-                program.for_compiler = self._for_compiler(program)
-
-    def _for_compiler(self, program: Program) -> tuple[Callable | None, Callable | None]:
-        """Both functions of a program, made again where a compiler gets another graph."""
-        functions = []
-        known = (program.graph, program.function), (program.between_graph, program.between)
-        for graph, function in known:
-            if graph is not None:
-                laid_out = fx.Graph()
-                laid_out.output(laid_out.graph_copy(graph, {}))
-                if channels_last(laid_out):
-                    _, function = self._function_of(laid_out, program)
-            functions.append(function)
-        return functions[0], functions[1]
+        if self._active is not None:
+            self._active.lay_out(self)
 
     # `torch.compile(hs)` asks modules with these two, as torch's lazy modules have them, to make
     # themselves ready before each call.
@@ -509,11 +320,7 @@ class HesScaleModule(fx.GraphModule):
             self._calls += 1
             program = program if refreshes else program.steady
         tensors = program.with_signs(tensors, self._build.generator)
-        if torch.compiler.is_compiling():
-            functions = program.for_compiler or (program.function, program.between)
-            function = functions[0] if due else functions[1]
-            return Result(*function(self, *tensors))  # type: ignore[misc]
-        return Result(*callable_of(program, due)(self, *tensors))
+        return Result(*program.function_for(due)(self, *tensors))
 
     def _run_asserting(
         self,
@@ -642,7 +449,7 @@ class HesScaleModule(fx.GraphModule):
         program, tensors = self._find(args, kwargs)
         if program.split is None:
             split = self._build.split(program.captured)
-            _, split.function = self._function_of(split.graph, split)
+            split.generate(self)
             program.split = split
             self._link()
         assert program.split.function is not None

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscale_fx import structures
-from hesscale_fx.capture import Captured
+from hesscale_fx.captured import Captured
 from hesscale_fx.errors import InvalidArgumentError
 from hesscale_fx.registered import Registered
 from hesscale_fx.report import Agreement, Verification

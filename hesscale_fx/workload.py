@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscale_fx.capture import count_targets
 from hesscale_fx.errors import InvalidArgumentError
+from hesscale_fx.step import count_targets
 
 
 @dataclass

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._guards import detect_fake_mode
 
-from hesscale_fx import capture, decomposing
+from hesscale_fx import capture, captured, decomposing
+from hesscale_fx.step import Step
 
 
 class Net(nn.Module):
@@ -86,14 +87,14 @@ TOGETHER = {
 
 
 def exported(net):
-    step = capture.Step(net, None)
+    step = Step(net, None)
     return capture.export(step, step.bind((torch.randn(3, 4),), {}), True, None, [])
 
 
 def alone(program):
     values = [n.meta.get("val") for n in program.graph.nodes]
     mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
-    return decomposing.decomposed(program.graph, capture.decompositions(), mode)
+    return decomposing.decomposed(program.graph, captured.decompositions(), mode)
 
 
 @pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
@@ -101,7 +102,7 @@ def test_values_and_writes_are_the_models(name):
     net = Net({**ALONE, **TOGETHER}[name]).double()
     program = exported(net)
     assert (alone(program) is not None) == (name in ALONE)
-    graph, signature = capture.decompose(program)
+    graph, signature = captured.decompose(program)
     x = torch.randn(5, 4, dtype=torch.double)
     state = {
         f"model.{k}": v.detach().clone() for k, v in [*net.named_parameters(), *net.named_buffers()]

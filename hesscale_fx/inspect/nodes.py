@@ -14,7 +14,8 @@ from hesscale_fx.errors import source_line
 from hesscale_fx.inspect.costs import Sizes, flops, size_in_bytes, tensors_of
 
 if TYPE_CHECKING:
-    from hesscale_fx.module import HesScaleModule, Program
+    from hesscale_fx.module import HesScaleModule
+    from hesscale_fx.program import Program
 
 LEAF_ROLES = {"input": "input", "parameter": "parameter", "buffer": "buffer", "constant": "buffer"}
 GENERATED = ("gradient", "curvature")
