@@ -117,10 +117,12 @@ def measure(
     start = time.perf_counter()
     hs = hesscale_fx.transform(work.model, work.loss, work.args, **options)
     seconds = {"transform": time.perf_counter() - start}
-    error = rounding(work, hs) if "curvature_dtype" in options else ""
+    error = rounding(work, hs, method=options["method"]) if "curvature_dtype" in options else ""
     calls = {"plain": gradient_step(work, False), "ours": lambda: hs(*work.args)}
     parameters = list(work.model.parameters())
-    memory = memory_ratio(calls["ours"], calls["plain"], parameters, device)
+    memory = "-"  # the calls of a cycle differ
+    if options.get("every", 1) == 1:
+        memory = f"{memory_ratio(calls['ours'], calls['plain'], parameters, device):.2f}"
     refused: dict[str, str] = {}
     if compare:
         beside, refused = others(work)
@@ -148,7 +150,7 @@ def measure(
     label = name if device == "cpu" else f"{name}, {precision}"
     times = ", ".join(f"{k} {1e3 * t.median / several:.3g}" for k, t in found.items())
     builds = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items())
-    row = f"| {label} | {million:.2f} | {eager} | {both} | {memory:.2f} | {times} | {builds} |"
+    row = f"| {label} | {million:.2f} | {eager} | {both} | {memory} | {times} | {builds} |"
     known = {"plain", "ours", "plain compiled", "ours compiled"}
     lines = [f"{k} {ratio(t, found['plain'])}" for k, t in found.items() if k not in known]
     lines += [f"{k} not: {why}" for k, why in refused.items()]
@@ -156,9 +158,9 @@ def measure(
     return "\n".join([row, *(f"  {line}" for line in lines)])
 
 
-def rounding(work: Workload, hs: Callable) -> str:
+def rounding(work: Workload, hs: Callable, **options: Any) -> str:
     """The relative error of a diagonal to that of the model's own precision, over all entries."""
-    exact = hesscale_fx.transform(work.model, work.loss, work.args)(*work.args).hess_diag
+    exact = hesscale_fx.transform(work.model, work.loss, work.args, **options)(*work.args).hess_diag
     pairs = [(found, exact[name]) for name, found in hs(*work.args).hess_diag.items()]
     each = torch.cat([((a - b).abs() / b.abs())[b != 0].flatten() for a, b in pairs])
     return f"median relative error {each.median():.2%}"
@@ -168,7 +170,7 @@ def ratio(ours: Timing, plain: Timing) -> str:
     """Median, and the quartiles of the rounds."""
     each = sorted(a / b for a, b in zip(ours.seconds, plain.seconds, strict=True))
     low, high = each[len(each) // 4], each[(3 * len(each)) // 4]
-    return f"{ours.median / plain.median:.2f} ({low:.2f} to {high:.2f})"
+    return f"{statistics.median(each):.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -181,7 +183,7 @@ def main() -> None:
     parser.add_argument("--method", default="hesscale")
     parser.add_argument("--bfloat16", action="store_true", help="curvature_dtype=torch.bfloat16")
     parser.add_argument("--every", type=int, default=1, help="curvature in each k-th call")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the named workloads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of these workloads")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     options = parser.parse_args()
     warnings.simplefilter("ignore")

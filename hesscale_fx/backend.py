@@ -196,6 +196,7 @@ def functional(hs: fx.GraphModule, names: list[str], rest: list[str]) -> fx.Grap
     for node in hs.graph.nodes:
         if node.op == "placeholder":
             env[node] = inputs[bound[node]]
+            env[node].meta.update(node.meta)
         elif node.op == "get_attr" and node.target in inputs:
             env[node] = inputs[node.target]
         elif node.op == "output":

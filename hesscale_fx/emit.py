@@ -33,6 +33,7 @@ from hesscale_fx.evaluate import Native, evaluate
 from hesscale_fx.lossroot import LossRoot
 from hesscale_fx.methods import Calibrated, Hutchinson, Method, Output, Place
 from hesscale_fx.names import CALIBRATION, Origin, annotate, rename
+from hesscale_fx.ownership import own_results
 from hesscale_fx.recompute import Recomputed
 from hesscale_fx.simplify import Constants, simplify
 from hesscale_fx.structures.base import wide, zero_test
@@ -128,6 +129,7 @@ class Emission:
         generated = {n for n, o in self._origin.items() if o.role != "forward"}
         for moved, before in simplify(self._graph, generated).items():
             self._origin[moved] = dataclasses.replace(self._origin[before], is_result=False)
+        self._name_copies(own_results(self._graph), outputs)
         self._mark_outputs(outputs)
         rename(self._graph, self._origin)
         annotate(self._graph, self._origin)
@@ -578,6 +580,14 @@ class Emission:
         inputs = [values[role] for role in present]
         (node,) = self._emit(("read out", tuple(present)), run, inputs, origin)
         return node
+
+    def _name_copies(self, copies: list[fx.Node], outputs: dict[str, Leaf]) -> None:
+        self._origin.update({node: Origin(self._captured.loss, "forward") for node in copies})
+        (results,) = self._graph.find_nodes(op="output")
+        for role, found in zip(("grad", "hess"), results.args[0][1:], strict=True):
+            for name, node in found.items():
+                if node in copies:
+                    self._origin[node] = Origin(outputs[name].node, role, is_result=True)
 
     def _mark_outputs(self, outputs: dict[str, Leaf]) -> None:
         """Simplifying may have put a step on the way in the place of a result."""

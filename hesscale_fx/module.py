@@ -189,7 +189,8 @@ class HesScaleModule(fx.GraphModule):
         Returns:
             The module itself.
         """
-        self._find(args, kwargs)
+        program, _ = self._find(args, kwargs)
+        program.lay_out(self)  # a function around the module may be compiled next
         return self
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:

@@ -152,7 +152,8 @@ class Program:
         """What runs a call, with or without curvature; a profiler sees every node by its name."""
         functions = self.function, self.between
         if torch.compiler.is_compiling():
-            functions = self.laid_out or functions
+            if self.laid_out is not None and not torch.compiler.is_exporting():
+                functions = self.laid_out
         elif torch.autograd.profiler._is_profiler_enabled:
             from hesscale_fx.inspect.profiling import named
 

@@ -193,7 +193,7 @@ def simplify(graph: fx.Graph, generated: set[fx.Node]) -> dict[fx.Node, fx.Node]
         if node.op not in ("call_function", "get_attr"):
             continue
         if node in generated:
-            shorten(node)
+            shorten(node, written)
         replacement = fold(node, constants) if node in generated else None
         if replacement is None and node in generated:
             accumulate(graph, node)
@@ -247,11 +247,13 @@ def merge_equal(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def shorten(node: fx.Node) -> None:
-    """Let a view be one of what it is a view of a view of."""
+def shorten(node: fx.Node, written: set[fx.Node]) -> None:
+    """Let a view be one of what it is a view of a view of, unless any of them is written to."""
     args: Any = node.args
     first = args[0] if args else None
     if not isinstance(first, fx.Node):
+        return
+    if not written.isdisjoint([node, first, *first.all_input_nodes]):
         return
     inner: Any = first.args
     if node.target in TRANSPOSES and first.target in TRANSPOSES:
@@ -416,8 +418,8 @@ def same_layout(node: fx.Node, first: fx.Node) -> bool:
     if node.target is aten.sum.dim_IntList:
         dims: Any = node.args[1]
         value = first.meta["val"]
-        sizes = [value.shape[d] for d in dims] if value.dim() else []
-        return all(isinstance(size, int) and size == 1 for size in sizes)
+        lengths = [value.shape[d] for d in dims or range(value.dim())] if value.dim() else []
+        return all(isinstance(n, int) and n == 1 for n in lengths)
     return same_type(node, first)
 
 

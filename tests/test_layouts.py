@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import hesscale_fx
@@ -91,3 +92,28 @@ def test_a_step_does_not_ask_the_system_for_its_memory_again():
         [sys.executable, "-W", "ignore", "-c", FAULTS], capture_output=True, text=True, check=True
     )
     assert int(found.stdout) < 300
+
+
+def test_the_backend_lays_out_the_first_convolution_too():
+    torch.manual_seed(0)
+    net, x = convolutional(2)
+    y = torch.tensor([0, 1, 2, 0, 1])
+
+    def loss() -> torch.Tensor:
+        return nn.functional.cross_entropy(net(x), y)
+
+    torch.compile(loss, backend="hesscale")().backward()
+    expected = hesscale_fx.transform(net, nn.CrossEntropyLoss())(x, y).hess_diag
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.hesscale, expected[name])
+
+
+def test_a_compiled_convolution_takes_any_batch():
+    net, _ = convolutional(2)
+    x, y = torch.randn(5, 2, 6, 6, dtype=torch.double), torch.tensor([0, 1, 2, 0, 1])
+    hs = hesscale_fx.transform(net, nn.CrossEntropyLoss(), (x, y), dynamic=True)
+    made = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(hs, backend=made, fullgraph=True)
+    for size in (1, 3, 5, 4, 2):
+        torch.testing.assert_close(compiled(x[:size], y[:size]), hs.forward(x[:size], y[:size]))
+    assert made.frame_count <= 3
