@@ -32,7 +32,7 @@ def is_given(node: fx.Node) -> bool:
 
 
 def own_results(graph: fx.Graph) -> list[fx.Node]:
-    """Copy what is returned, or written to a buffer, where its memory is something else's as well.
+    """Copy what is returned where its memory is something else's as well.
 
     The gradient of ``(w * buffer).sum()`` is the buffer, which the model may write to afterwards
     and the caller may not write to. Results with several entries in one place are copied too.
@@ -60,11 +60,6 @@ def own_results(graph: fx.Graph) -> list[fx.Node]:
         copies.append(copied)
         return copied
 
-    buffers = [base(write.args[0]) for write in writes]
-    for buffer, write in zip(buffers, writes, strict=True):
-        value = write.args[1]
-        if base(value) is not buffer and base(value) in buffers:
-            write.update_arg(1, own(value))
     output.args = (fx.node.map_arg(output.args[0], own),)
     return copies
 
