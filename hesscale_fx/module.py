@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Result(NamedTuple):
-    """What a call returns.
+    """What a call returns: tensors of their own, which share no memory with the model's.
 
     Attributes:
         loss: the scalar loss.
