@@ -1,7 +1,7 @@
 """What a second-order step costs: the ratio to a plain gradient step of the same model.
 
     python benchmarks/step.py [workload ...] [--rounds 30] [--no-compile] [--others]
-        [--method NAME] [--bfloat16] [--every K] [--device cuda] [--precision NAME]
+        [--method NAME] [--bfloat16] [--every K] [--cold] [--device cuda] [--precision NAME]
 
 Calls are timed in turns, so that a busy machine hits all alike; the table shows the median of each
 call's time over that of loss and gradient, eager against eager and compiled against compiled, with
@@ -21,10 +21,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 import hesscale_fx
 
@@ -107,6 +109,7 @@ def measure(
     compare: bool = False,
     device: str = "cpu",
     precision: str = "float32",
+    cold: bool = False,
     **options: Any,
 ) -> str:
     """One row of the table; `options` are those of `hesscale_fx.transform`."""
@@ -129,14 +132,16 @@ def measure(
         calls |= beside
     if compiled:
         torch._dynamo.reset()
+        torch.compile(torch.sin)(torch.ones(2))  # what only the first compilation takes
         fast = torch.compile(hs, fullgraph=True)
         for key, call in (
             ("plain compiled", gradient_step(work, True)),
             ("ours compiled", lambda: fast(*work.args)),
         ):
-            start = time.perf_counter()
-            call()
-            seconds[key] = time.perf_counter() - start
+            with fresh_cache() if cold else nullcontext():
+                start = time.perf_counter()
+                call()
+                seconds[key] = time.perf_counter() - start
             calls[key] = call
     calls = {k: finished(c, device) for k, c in calls.items()}
     # Both of a pair equally often, so that the ratio of their times is that of one call.
@@ -183,6 +188,7 @@ def main() -> None:
     parser.add_argument("--method", default="hesscale")
     parser.add_argument("--bfloat16", action="store_true", help="curvature_dtype=torch.bfloat16")
     parser.add_argument("--every", type=int, default=1, help="curvature in each k-th call")
+    parser.add_argument("--cold", action="store_true", help="compile from empty caches")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of these workloads")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     options = parser.parse_args()
@@ -204,7 +210,8 @@ def main() -> None:
     for name, device, precision in rows:
         compare = options.others and name in WORKLOADS
         compiled = not options.no_compile
-        row = measure(name, options.rounds, compiled, compare, device, precision, **made)
+        where = device, precision, options.cold
+        row = measure(name, options.rounds, compiled, compare, *where, **made)
         print(row, flush=True)
 
 
