@@ -49,8 +49,7 @@ def own_results(graph: fx.Graph) -> list[fx.Node]:
 
     def own(value: fx.Node) -> fx.Node:
         origin = base(value)
-        whole = str(value.meta["val"].numel()) == str(origin.meta["val"].numel())
-        shared = is_given(origin) or (origin in taken and whole)
+        shared = is_given(origin) or origin in taken
         taken.add(origin)
         if not shared and not overlaps(value.meta["val"]):
             return value

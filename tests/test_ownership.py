@@ -40,14 +40,18 @@ class Shifted(nn.Module):
 
 
 class Both(nn.Module):
-    """Two parameters with one gradient, and one whose gradient is its diagonal."""
+    """Parameters with one gradient or parts of it, and one whose gradient is its diagonal."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Parameter(torch.randn(3)) for _ in range(3))
+        self.d, self.e = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((self.a + self.b) * x.sin()).sum() + self.c.exp().sum()
+        whole = (
+            self.a + self.b + nn.functional.pad(self.d, (0, 1)) + nn.functional.pad(self.e, (1, 0))
+        )
+        return (whole * x.sin()).sum() + self.c.exp().sum()
 
 
 @pytest.mark.parametrize("views", [False, True])
